@@ -1,0 +1,1 @@
+"""From pictures and captions, wherever they are, to batches."""

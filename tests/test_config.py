@@ -1,0 +1,99 @@
+import dataclasses
+import json
+
+import pytest
+
+from caption_ray import config
+from caption_ray.config import Config, from_dict, parse, to_dict
+
+
+def test_no_arguments_mean_the_default_preset():
+    assert parse([]) == config.PRESETS[config.DEFAULT_PRESET]()
+
+
+def test_overrides_change_their_field_and_nothing_else():
+    parsed = parse(
+        "coco --data.shards s3://b/coco --run.name my-run --train.num-workers 8 --train.epochs 30 "
+        "--model.encoder.name resnet50 --model.encoder.weights none".split()
+    )
+    expected = config.coco()
+    expected = dataclasses.replace(
+        expected,
+        data=dataclasses.replace(expected.data, shards="s3://b/coco"),
+        run=dataclasses.replace(expected.run, name="my-run"),
+        train=dataclasses.replace(expected.train, num_workers=8, epochs=30),
+        model=dataclasses.replace(
+            expected.model,
+            encoder=dataclasses.replace(expected.model.encoder, name="resnet50", weights="none"),
+        ),
+    )
+    assert parsed == expected
+
+
+def test_overrides_without_a_preset_apply_to_the_default_one():
+    parsed = parse(["--train.epochs", "3"])
+    assert parsed.train.epochs == 3
+    assert parsed.model == config.PRESETS[config.DEFAULT_PRESET]().model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--train.epoch", "3"], ["--train.epoch", "--train.epochs"]),
+        (["--train.epochs", "many"], ["--train.epochs", "many"]),
+        (["--train.schedule", "linear"], ["linear", "cosine", "constant"]),
+        (["--train.epochs", "0"], ["--train.epochs", "0", "at least 1"]),
+        (["--data.min-crop", "0"], ["--data.min-crop", "(0, 1]"]),
+        (["--data.shards", "a", "--data.source", "b"], ["--data.source", "--data.shards"]),
+        (["--run.name", "a/b"], ["--run.name", "a/b"]),
+        (["cocoo"], ["cocoo", "coco"]),
+    ],
+)
+def test_a_bad_setting_ends_at_once_naming_option_value_and_remedy(arguments, named, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(arguments)
+    assert exit.value.code not in (0, None)
+    captured = capsys.readouterr()
+    said = captured.out + captured.err + str(exit.value.code)
+    for part in named:
+        assert part in said
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_json_brings_back_the_same_configuration(preset):
+    original = config.PRESETS[preset]()
+    assert from_dict(Config, json.loads(json.dumps(to_dict(original))), "test") == original
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"epocs": 1}}, r"run.json: train.epocs = 1: .*did you mean epochs"),
+        ({"data": {"zzz": 1}}, r"data.zzz.*valid: shards, source"),
+        ({"train": {"epochs": "x"}}, r"train.epochs = 'x'.*integer"),
+        ({"train": {"batch_size": -1}}, r"--train.batch-size is -1"),
+    ],
+)
+def test_a_saved_file_with_unknown_or_bad_keys_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(Config, values, "run.json")
+
+
+def test_every_field_has_a_docstring():
+    import ast
+    import inspect
+
+    for node in ast.parse(inspect.getsource(config)).body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            for here, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(here, ast.AnnAssign):
+                    documented = isinstance(after, ast.Expr) and isinstance(
+                        after.value, ast.Constant
+                    )
+                    assert documented, f"{node.name}.{here.target.id} has no docstring"
+
+
+def test_the_environment_moves_the_default_storage(monkeypatch):
+    monkeypatch.setenv(config.STORAGE_VARIABLE, "s3://elsewhere/runs")
+    assert parse([]).run.storage == "s3://elsewhere/runs"
+    assert parse(["--run.storage", "/here"]).run.storage == "/here"

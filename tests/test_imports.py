@@ -1,0 +1,69 @@
+"""Who may import whom: the model, the loop and the predictor run without a cluster."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "caption_ray"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+RAY = {
+    "cluster.py",
+    "data/ingest.py",
+    "data/pipeline.py",
+    "training/trainer.py",
+    "training/worker.py",
+    "evaluation/evaluate.py",
+    "serving/app.py",
+}
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _uses(path: Path, package: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for name in _imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_floors(path):
+    name = path.relative_to(PACKAGE).as_posix()
+    assert not _uses(path, "jobs")
+    if name not in RAY:
+        assert not _uses(path, "ray")
+    if name in ("config.py", "storage.py"):
+        others = {n for n in _imports(path) if n.startswith("caption_ray")}
+        assert not others
+    if name.startswith("model/"):
+        for above in ("data", "storage", "training", "evaluation", "serving"):
+            assert not _uses(path, f"caption_ray.{above}")
+    if name.startswith("data/"):
+        for above in ("model", "training", "evaluation", "serving"):
+            assert not _uses(path, f"caption_ray.{above}")
+        if name not in ("data/ingest.py", "data/pipeline.py", "data/sources.py"):
+            assert not _uses(path, "caption_ray.storage")
+    if name == "training/loop.py":
+        assert not _uses(path, "caption_ray.storage")
+
+
+def test_importing_the_package_loads_neither_torch_nor_ray():
+    loaded = "import sys, caption_ray; print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_jobs_are_short():
+    for job in (PACKAGE.parent / "jobs").glob("*.py"):
+        if job.name != "benchmark.py":
+            assert len(job.read_text().splitlines()) <= 60, job.name

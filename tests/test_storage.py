@@ -1,0 +1,168 @@
+import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from caption_ray import storage
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    uri = storage.join(str(tmp_path), "a", "b.bin")
+    storage.write_bytes(uri, b"0123456789")
+    assert storage.read_bytes(uri) == b"0123456789"
+    assert storage.read_range(uri, 3, 4) == b"3456"
+    assert storage.size(uri) == 10
+    storage.write_bytes(uri, b"new")
+    assert storage.read_bytes(uri) == b"new"
+
+
+def test_a_range_past_the_end_is_an_error(tmp_path):
+    uri = str(tmp_path / "short")
+    storage.write_bytes(uri, b"abc")
+    with pytest.raises(storage.StorageError, match="short: 1 bytes at 2 where 5"):
+        storage.read_range(uri, 2, 5)
+
+
+def test_missing_objects_raise_file_not_found(tmp_path):
+    for operation in (storage.read_bytes, storage.size, partial(storage.read_range, start=0,
+                                                                length=1)):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            operation(str(tmp_path / "nothing"))
+    assert not storage.exists(str(tmp_path / "nothing"))
+    assert not storage.exists(str(tmp_path))
+    assert storage.list_files(str(tmp_path / "nothing")) == []
+    storage.delete(str(tmp_path / "nothing"))
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_remains(tmp_path, monkeypatch):
+    uri = str(tmp_path / "index.json")
+    storage.write_bytes(uri, b"old")
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        storage.write_bytes(uri, b"new")
+    assert storage.read_bytes(uri) == b"old"
+    assert os.listdir(tmp_path) == ["index.json"]
+
+
+def test_readers_see_whole_files_while_a_writer_replaces_them(tmp_path):
+    uri = str(tmp_path / "pointer")
+    versions = [bytes([letter]) * 200_000 for letter in b"ab"]
+    storage.write_bytes(uri, versions[0])
+    done = threading.Event()
+
+    def write():
+        for number in range(60):
+            storage.write_bytes(uri, versions[number % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reads = 0
+    while not done.is_set():
+        assert storage.read_bytes(uri) in versions
+        reads += 1
+    writer.join()
+    assert reads > 0
+
+
+def test_listing_and_deleting_folders(tmp_path):
+    root = str(tmp_path / "run")
+    for name in ("a/1", "a/2", "b/c/3"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    assert storage.list_files(root) == [storage.join(root, n) for n in ("a/1", "a/2", "b/c/3")]
+    assert storage.list_folders(root) == ["a", "b"]
+    storage.delete(storage.join(root, "a"))
+    assert storage.list_folders(root) == ["b"]
+
+
+def test_upload_and_download_move_whole_folders(tmp_path):
+    (tmp_path / "from" / "deep").mkdir(parents=True)
+    (tmp_path / "from" / "deep" / "file").write_bytes(b"1")
+    (tmp_path / "from" / "other").write_bytes(b"2")
+    storage.upload(tmp_path / "from", str(tmp_path / "there"))
+    back = storage.download(str(tmp_path / "there"), tmp_path / "back")
+    assert (back / "deep" / "file").read_bytes() == b"1"
+    assert (back / "other").read_bytes() == b"2"
+
+
+def test_resolved_paths_do_not_depend_on_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.resolve("./runs") == str(tmp_path.resolve() / "runs")
+    assert storage.resolve(f"file://{tmp_path}") == str(tmp_path.resolve())
+    assert storage.resolve("s3://bucket/a/") == "s3://bucket/a"
+
+
+def test_an_unknown_scheme_names_the_ones_that_work():
+    with pytest.raises(ValueError, match=r"ftp2://x/y.*s3://"):
+        storage.read_bytes("ftp2://x/y")
+
+
+class _Ranges(SimpleHTTPRequestHandler):
+    """Serves ranges, which the standard library's handler does not, and fails on demand."""
+
+    failures = 0
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        if type(self).failures:
+            type(self).failures -= 1
+            self.send_error(503)
+            return
+        span = self.headers.get("Range")
+        path = self.translate_path(self.path)
+        if span is None or not os.path.isfile(path):
+            return super().do_GET()
+        first, last = (int(n) for n in span.removeprefix("bytes=").split("-"))
+        with open(path, "rb") as file:
+            file.seek(first)
+            data = file.read(last - first + 1)
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def web(tmp_path):
+    handler = type("Handler", (_Ranges,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    server.handler = handler
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_web_servers_are_read_by_range(web, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 10_000)
+    uri = f"http://127.0.0.1:{web.server_port}/file"
+    assert storage.size(uri) == 2_560_000
+    assert storage.read_range(uri, 256_001, 3) == bytes([1, 2, 3])
+    with storage.open_seekable(uri) as file:
+        file.seek(-2, os.SEEK_END)
+        assert file.read() == bytes([254, 255])
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(uri + "2")
+    with pytest.raises(ValueError, match="cannot write"):
+        storage.write_bytes(uri, b"")
+
+
+def test_passing_server_errors_are_retried_and_lasting_ones_reported(web, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
+    (tmp_path / "file").write_bytes(b"data")
+    uri = f"http://127.0.0.1:{web.server_port}/file"
+    web.handler.failures = 3
+    assert storage.read_bytes(uri) == b"data"
+    web.handler.failures = 1000
+    with pytest.raises(storage.StorageError, match=r"/file: .*503.*tried 6 times"):
+        storage.read_bytes(uri)
