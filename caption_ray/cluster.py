@@ -1,0 +1,46 @@
+"""Connecting to Ray, and what the cluster offers: the settings that every job shares."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+NO_PROGRESS_TIMEOUT = 24 * 3600.0
+"""Seconds; Ray Data otherwise ends a run whose consumer pauses for half an hour (a long
+validation, a checkpoint to slow storage)."""
+
+WORKER_ENVIRONMENT = {
+    # OpenMP threads otherwise spin while they wait for each other, which makes a step ten times
+    # slower as soon as decoding needs one of the cores
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Environment of training workers."""
+
+
+def connect() -> None:
+    """Join the cluster that `ray job submit` or RAY_ADDRESS names, else start a local one."""
+    # a worker of a local cluster needs no dashboard message and no copy of every log line
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    configure_data()
+
+
+def configure_data() -> None:
+    """Ray Data's settings for this process."""
+    context = ray.data.DataContext.get_current()
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT
+    context.enable_progress_bars = False  # the jobs show their own
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def num_gpus() -> int:
+    """GPUs of the cluster as it stands."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def num_cpus() -> float:
+    """CPUs of the cluster as it stands."""
+    return float(ray.cluster_resources().get("CPU", 0))

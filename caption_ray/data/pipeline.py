@@ -1,0 +1,269 @@
+"""Ray Data: shards -> decoded, augmented, tokenised, shuffled batches.
+
+Each training worker builds its own dataset for each epoch from `plan_epoch`: which pictures it
+reads is then a pure function of (seed, epoch, rank), nothing is dropped to make the shares equal,
+and an interrupted epoch can be continued with what is left of it. Reading and decoding are one
+Ray Data task per shard, so that encoded bytes never cross the object store; decoded pictures
+leave it as uint8 tensors of fixed shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+from ray.data import Datasource, ExecutionResources, ReadTask
+from ray.data.block import BlockMetadata
+from ray.data.extensions import ArrowTensorArray
+
+from caption_ray import storage
+from caption_ray.config import DataConfig, EncoderConfig
+from caption_ray.data import shards, transforms
+from caption_ray.data.ingest import READ_THREADS, read_index, to_row
+from caption_ray.data.plan import Piece
+from caption_ray.data.shards import Index, Shard
+from caption_ray.data.sources import Record, find_splits
+from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.vocabulary import Vocabulary
+
+BLOCK_ROWS = 64
+"""Pictures in one block on the object store: small enough to stream, large enough to be cheap."""
+
+
+class TooManyBadImages(RuntimeError):
+    """More pictures of an epoch were unreadable than `data.max_bad_images` allows."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A unit of reading: one Parquet shard below the URI of its data set."""
+
+    uri: str
+    shard: Shard
+
+    @property
+    def rows(self) -> int:
+        return self.shard.rows
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, verified against the index; StorageError naming the shard if they differ."""
+        data = storage.read_bytes(self.uri)
+        if len(data) != self.shard.bytes or storage.digest(data) != self.shard.digest:
+            raise storage.StorageError(
+                f"{self.uri}: {len(data)} bytes that are not what the index names "
+                f"({self.shard.bytes} bytes, SHA-256 {self.shard.digest[:12]}...); ingest again"
+            )
+        rows: list[dict[str, Any]] = shards.from_bytes(data).to_pylist()
+        return rows
+
+
+@dataclass(frozen=True)
+class RawImages:
+    """A unit of reading: pictures streamed one by one from where they lie."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.records)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows; unreadable pictures have an `error` instead of an `image`."""
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            return list(threads.map(lambda record: to_row(record, None), self.records))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The splits of a data set as units of reading, and the words of its training captions."""
+
+    uri: str
+    splits: dict[str, list[ShardFile] | list[RawImages]]
+    word_counts: dict[str, int]
+
+    def rows(self, split: str) -> list[int]:
+        """Pictures in each unit of a split; ValueError naming the splits there are."""
+        if split not in self.splits:
+            raise ValueError(f"{self.uri}: no split {split!r}; it has {', '.join(self.splits)}")
+        return [unit.rows for unit in self.splits[split]]
+
+
+def open_shards(uri: str) -> DataSet:
+    """The data set that ingest wrote below `uri`; ValueError if there is none."""
+    uri = storage.resolve(uri)
+    index: Index = read_index(uri)
+    return DataSet(
+        uri,
+        {
+            split: [ShardFile(storage.join(uri, shard.file), shard) for shard in listed]
+            for split, listed in index.splits.items()
+        },
+        index.word_counts,
+    )
+
+
+def open_source(uri: str, *, seed: int) -> DataSet:
+    """The pictures of a COCO layout as they lie, without ingest, in a shuffled order."""
+    splits, counts = {}, {}
+    for split, content in find_splits(uri).items():
+        order = np.random.default_rng(seed).permutation(len(content.records))
+        records = [content.records[i] for i in order]
+        splits[split] = [
+            RawImages(tuple(records[start : start + BLOCK_ROWS]))
+            for start in range(0, len(records), BLOCK_ROWS)
+        ]
+        if split == "train":
+            for record in records:
+                for caption in record.picture.captions:
+                    for word in tokenize(caption):
+                        counts[word] = counts.get(word, 0) + 1
+    return DataSet(storage.resolve(uri), splits, counts)
+
+
+# Rows to arrays -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How rows become arrays; the same for every worker of a run."""
+
+    encoder: EncoderConfig
+    data: DataConfig
+    vocabulary: Vocabulary
+    augment: tuple[int, int] | None
+    """(seed, epoch) of the random crops, flips and choice of captions; None outside training."""
+
+    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        """One row of a shard as arrays: image uint8 (3, S, S), tokens int32 (K, L).
+
+        A picture that cannot be decoded gives a black one without tokens, which adds nothing to
+        any loss, and `error` says why.
+        """
+        size, rng = self.encoder.image_size, None
+        if self.augment is not None:
+            rng = np.random.default_rng([*self.augment, 2, number])
+        tokens = np.zeros((self.data.captions_per_image, self.data.caption_length), np.int32)
+        square, error = np.zeros((3, size, size), np.uint8), row["error"]
+        captions: list[str] = row["captions"]
+        if error is None:
+            try:
+                square = transforms.to_chw(self._square(row["image"], captions, rng))
+            except transforms.ImageError as problem:
+                error = str(problem)
+            else:
+                if rng is not None and len(captions) > len(tokens):
+                    captions = [captions[i] for i in rng.permutation(len(captions))]
+                for line, caption in zip(tokens, captions, strict=False):
+                    line[:] = self.vocabulary.encode(caption, self.data.caption_length)
+        return {
+            "image": square,
+            "tokens": tokens,
+            "number": number,
+            "image_id": row["image_id"],
+            "error": f"{row['file_name']}: {error}" if error else "",
+        }
+
+    def _square(
+        self, data: bytes, captions: Sequence[str], rng: np.random.Generator | None
+    ) -> NDArray[np.uint8]:
+        image, size = transforms.decode(data), self.encoder.image_size
+        if rng is None or (self.data.min_crop == 1 and not self.data.flip):
+            return transforms.fit(image, size, self.encoder.image_fit)
+        flip = self.data.flip and not transforms.mentions_side(captions)
+        return transforms.augment(image, size, self.data.min_crop, flip, rng)
+
+
+def _to_block(rows: list[dict[str, Any]]) -> pa.Table:
+    columns: dict[str, Any] = {
+        name: ArrowTensorArray.from_numpy(np.stack([row[name] for row in rows]))
+        for name in ("image", "tokens")
+    }
+    columns |= {name: [row[name] for row in rows] for name in ("number", "image_id", "error")}
+    return pa.table(columns)
+
+
+class _Pieces(Datasource):
+    """One read task per piece, which reads, decodes and tokenises and yields blocks."""
+
+    def __init__(self, units: Sequence[ShardFile | RawImages], pieces: list[Piece], prepare: Any):
+        super().__init__()
+        self.units, self.pieces = units, pieces
+        # once for all tasks: it holds the vocabulary
+        self.prepare = ray.put(prepare)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        return [
+            ReadTask(
+                functools.partial(_read_piece, self.units[piece.shard], piece, self.prepare),
+                BlockMetadata(len(piece.rows), None, None, None),
+            )
+            for piece in self.pieces
+        ]
+
+
+def _read_piece(
+    unit: ShardFile | RawImages, piece: Piece, prepare: ray.ObjectRef
+) -> Iterable[pa.Table]:
+    preparation: Preparation = ray.get(prepare)
+    rows = unit.read()
+    for start in range(0, len(piece.rows), BLOCK_ROWS):
+        part = piece.rows[start : start + BLOCK_ROWS]
+        yield _to_block([preparation(rows[i], piece.first + int(i)) for i in part])
+
+
+# Batches --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What one step sees. images uint8 (B, 3, S, S), tokens int32 (B, K, L), numbers int64 (B,)
+    of the pictures in their split, image_ids int64 (B,), errors: the unreadable ones."""
+
+    images: NDArray[np.uint8]
+    tokens: NDArray[np.int32]
+    numbers: NDArray[np.int64]
+    image_ids: NDArray[np.int64]
+    errors: list[str]
+
+
+def batches(
+    units: Sequence[ShardFile | RawImages],
+    pieces: list[Piece],
+    prepare: Preparation,
+    *,
+    batch_size: int,
+    cpus: float,
+    keep_order: bool,
+) -> Iterator[Batch]:
+    """The pictures of `pieces`, decoded by at most `cpus` CPUs of the cluster at a time."""
+    if not pieces:
+        return
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus)
+    context.execution_options.preserve_order = keep_order
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.read_datasource(
+            _Pieces(units, pieces, prepare),
+            override_num_blocks=len(pieces),
+        )
+        stream = dataset.iter_batches(
+            batch_size=batch_size, batch_format="numpy", prefetch_batches=2
+        )
+        for columns in stream:
+            yield Batch(
+                columns["image"],
+                columns["tokens"],
+                columns["number"],
+                columns["image_id"],
+                [error for error in columns["error"] if error],
+            )

@@ -1,0 +1,119 @@
+"""The shard format: Parquet files of encoded pictures with their captions, and the index of them.
+
+Pure functions of bytes; whoever calls them moves the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from caption_ray.config import from_dict
+
+INDEX_FILE = "index.json"
+"""Name of the index; its presence says that the shards beside it are complete."""
+
+FORMAT = 1
+"""Version of the layout of shards and index."""
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),
+        ("width", pa.int32()),  # of the original, upright
+        ("height", pa.int32()),
+        ("image", pa.binary()),  # encoded; null: unreadable, and `error` says why
+        ("captions", pa.list_(pa.string())),
+        # bbox: x, y, width, height as fractions of the picture's width and height
+        ("objects", pa.list_(pa.struct([("category", pa.string()),
+                                        ("bbox", pa.list_(pa.float32(), 4))]))),
+        ("error", pa.string()),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard file, as the index names it."""
+
+    file: str
+    """Path below the index's folder."""
+    rows: int
+    bytes: int
+    digest: str
+    """SHA-256 of the file."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A picture that is in no shard."""
+
+    split: str
+    file_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an ingest wrote: every shard of every split, and what was left out."""
+
+    source: str
+    """Where the pictures came from."""
+    plan: str
+    """Digest of all that determines the shards: pictures, captions, settings."""
+    image_size: int | None
+    """Shorter side, in pixels, that larger pictures were shrunk to; None: originals."""
+    seed: int
+    """Of the shuffle over shards."""
+    splits: dict[str, list[Shard]]
+    word_counts: dict[str, int]
+    """How often each word stands in the captions of the training split."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    format: int = FORMAT
+
+    def rows(self, split: str) -> list[int]:
+        """Rows of each shard of a split."""
+        return [shard.rows for shard in self.shards(split)]
+
+    def shards(self, split: str) -> list[Shard]:
+        """Shards of a split; ValueError naming the valid ones if there is no such split."""
+        if split not in self.splits:
+            raise ValueError(f"no split {split!r}; this data set has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str, origin: str) -> Index:
+        """The index in `text`; ValueError naming `origin` if it is none, or of another version."""
+        try:
+            values: Any = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{origin}: not JSON ({error})") from None
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, Mapping) else None
+            raise ValueError(
+                f"{origin}: format {found!r}, this version reads {FORMAT}: run jobs/ingest.py again"
+            )
+        return from_dict(Index, dict(values), origin)
+
+
+def to_bytes(rows: list[dict[str, Any]]) -> bytes:
+    """A shard file of these rows (SCHEMA); the same rows give the same bytes."""
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    # JPEG does not compress further, and statistics over pictures would only cost space
+    pq.write_table(table, sink, compression="none", write_statistics=False, use_dictionary=False)
+    return bytes(sink.getvalue())
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    """The rows of a shard file."""
+    return pq.read_table(pa.BufferReader(data), schema=SCHEMA)

@@ -1,0 +1,251 @@
+"""Finding a COCO layout, and reading its pictures one by one from zips, folders or buckets.
+
+A zip is never unpacked: its directory is read once, and each picture is then one range read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from caption_ray import storage
+from caption_ray.data import coco
+
+SPLITS = ("train", "val")
+"""COCO's splits that have captions."""
+
+YEARS = ("2017", "2014", "")
+"""Suffixes of split names that are looked for, in this order."""
+
+MAX_PICTURE_BYTES = 64 << 20
+"""A zip entry that claims to unpack to more than this is refused."""
+
+
+class PictureError(Exception):
+    """A picture that cannot be had; the message is the reason that the index records."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the bytes of one picture are: a file, or an entry of a zip."""
+
+    uri: str
+    offset: int | None = None
+    """Of the entry's local header; None: the whole file is the picture."""
+    stored_bytes: int = 0
+    method: int = zipfile.ZIP_STORED
+    crc: int = 0
+    picture_bytes: int = 0
+    name_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture with its captions, and where to read it."""
+
+    picture: coco.CocoImage
+    location: Location | None
+    """None: the zip has no such entry."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """All pictures of one split in a fixed order, and those without captions."""
+
+    records: list[Record]
+    left_out: list[tuple[str, str]]
+    """(file name, reason)"""
+
+
+def read_picture(location: Location | None) -> bytes:
+    """The encoded picture.
+
+    Raises PictureError if it is missing or its bytes are damaged, StorageError if the storage
+    does not answer.
+    """
+    if location is None:
+        raise PictureError("missing")
+    try:
+        if location.offset is None:
+            return storage.read_bytes(location.uri)
+        return _read_entry(location, location.offset)
+    except FileNotFoundError:
+        raise PictureError("missing") from None
+
+
+def _read_entry(location: Location, offset: int) -> bytes:
+    if location.picture_bytes > MAX_PICTURE_BYTES:
+        raise PictureError(f"corrupt: claims to unpack to {location.picture_bytes} bytes")
+    # one request for the local header and the data: the header's extra field is usually empty, and
+    # the zip's directory (68 bytes at least) always follows, so that the slack never overruns
+    fixed, slack = 30, 64
+    block = storage.read_range(
+        location.uri, offset, fixed + location.name_bytes + location.stored_bytes + slack
+    )
+    if block[:4] != b"PK\x03\x04":
+        raise PictureError("corrupt: no zip entry where the directory says")
+    start = fixed + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
+    data = block[start : start + location.stored_bytes]
+    if len(data) < location.stored_bytes:
+        data = storage.read_range(location.uri, offset + start, location.stored_bytes)
+    if location.method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, location.picture_bytes + 1)
+        except zlib.error as error:
+            raise PictureError(f"corrupt: {error}") from None
+    elif location.method != zipfile.ZIP_STORED:
+        raise PictureError(f"corrupt: zip compression method {location.method}")
+    if len(data) != location.picture_bytes or zlib.crc32(data) != location.crc:
+        raise PictureError("corrupt: bad CRC in the zip")
+    return data
+
+
+def find_splits(
+    source: str, *, splits: tuple[str, ...] = SPLITS, karpathy: str | None = None
+) -> dict[str, Split]:
+    """Every picture of a COCO layout below `source` by split.
+
+    `source` holds, for each split, `captions_<split><year>.json` (in `annotations/`, beside it, or
+    in `annotations_trainval<year>.zip`) and the pictures as `<split><year>.zip` or folder; the
+    addresses of COCO's own server work as well. With `karpathy`, the URI of his
+    `dataset_coco.json`, its splits replace COCO's.
+
+    Raises ValueError naming what was looked for if annotations or pictures are not there.
+    """
+    source = storage.resolve(source)
+    found = {split: _find_split(source, split) for split in splits}
+    return found if karpathy is None else _karpathy_splits(found, karpathy)
+
+
+def _find_split(source: str, split: str) -> Split:
+    for year in YEARS:
+        with _annotation_files(source, split, year) as files:
+            if files is not None:
+                captions, instances = files
+                annotations = coco.read_captions(captions, instances)
+                break
+    else:
+        raise ValueError(
+            f"{source}: no captions for split {split!r}: looked for "
+            f"annotations_trainval2017.zip and captions_{split}2017.json, here and in "
+            "annotations/ (also with 2014 and without a year)"
+        )
+    images = sorted(annotations.images, key=lambda image: image.image_id)
+    if not images:
+        raise ValueError(f"{source}: split {split!r} has no picture with a caption")
+    locations = _locate(source, f"{split}{year}", [image.file_name for image in images])
+    return Split(
+        [Record(*pair) for pair in zip(images, locations, strict=True)],
+        list(annotations.left_out),
+    )
+
+
+@contextmanager
+def _annotation_files(
+    source: str, split: str, year: str
+) -> Iterator[tuple[Path, Path | None] | None]:
+    """Local copies of the captions and, if there are any, the instances of a split."""
+    names = [f"captions_{split}{year}.json", f"instances_{split}{year}.json"]
+    with tempfile.TemporaryDirectory(prefix="annotations-") as folder:
+        copies = [Path(folder, name) for name in names]
+        archives = [
+            f"annotations_trainval{year}.zip",
+            f"annotations/annotations_trainval{year}.zip",
+        ]
+        for archive in (storage.join(source, name) for name in archives):
+            if storage.exists(archive):
+                with _open_zip(archive) as entries:
+                    members = {storage.name(member): member for member in entries.namelist()}
+                    for name, copy in zip(names, copies, strict=True):
+                        if name in members:
+                            copy.write_bytes(entries.read(members[name]))
+                break
+        else:
+            for name, copy in zip(names, copies, strict=True):
+                for uri in (storage.join(source, "annotations", name), storage.join(source, name)):
+                    if storage.exists(uri):
+                        storage.download(uri, copy)
+                        break
+        captions, instances = copies
+        if captions.exists():
+            yield captions, instances if instances.exists() else None
+        else:
+            yield None
+
+
+@contextmanager
+def _open_zip(uri: str) -> Iterator[zipfile.ZipFile]:
+    try:
+        with storage.open_seekable(uri) as file, zipfile.ZipFile(file) as archive:
+            yield archive
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{uri}: a broken zip ({error}); copy or download it again") from None
+
+
+def _locate(source: str, folder: str, names: list[str]) -> list[Location | None]:
+    for archive in (f"{folder}.zip", f"zips/{folder}.zip", f"images/{folder}.zip"):
+        uri = storage.join(source, archive)
+        if storage.exists(uri):
+            return _locate_in_zip(uri, folder, names)
+    # no listing: a bucket of millions takes hours to list, and a missing picture shows when read
+    probes = names[:5]
+    for below in (folder, f"images/{folder}", "images", ""):
+        base = storage.join(source, below) if below else source
+        if any(storage.exists(storage.join(base, name)) for name in probes):
+            return [Location(storage.join(base, name)) for name in names]
+    raise ValueError(
+        f"{source}: no pictures: looked for {folder}.zip and for {probes[0]} in {folder}/, "
+        f"images/{folder}/, images/ and here"
+    )
+
+
+def _locate_in_zip(uri: str, folder: str, names: list[str]) -> list[Location | None]:
+    with _open_zip(uri) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+    locations: list[Location | None] = []
+    for name in names:
+        entry = entries.get(f"{folder}/{name}") or entries.get(name)
+        locations.append(
+            entry
+            and Location(
+                uri,
+                entry.header_offset,
+                entry.compress_size,
+                entry.compress_type,
+                entry.CRC,
+                entry.file_size,
+                len(entry.orig_filename.encode("utf-8")),
+            )
+        )
+    if not any(locations):
+        raise ValueError(
+            f"{uri}: holds none of the pictures; {folder}/{names[0]} is one looked for"
+        )
+    return locations
+
+
+def _karpathy_splits(found: dict[str, Split], karpathy: str) -> dict[str, Split]:
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = coco.read_karpathy(storage.download(karpathy, Path(folder, "karpathy.json")))
+    records = sorted(
+        (record for split in found.values() for record in split.records),
+        key=lambda record: record.picture.image_id,
+    )
+    result = {
+        split: Split([r for r in records if chosen.get(r.picture.image_id) == split], [])
+        for split in ("train", "val", "test")
+    }
+    absent = [r.picture.file_name for r in records if r.picture.image_id not in chosen]
+    left_out = [entry for split in found.values() for entry in split.left_out]
+    result["train"].left_out.extend(
+        left_out + [(name, "not in Karpathy's splits") for name in absent]
+    )
+    empty = [split for split, content in result.items() if not content.records]
+    if empty:
+        raise ValueError(f"{karpathy}: none of its {', '.join(empty)} pictures are in the source")
+    return result

@@ -1,0 +1,229 @@
+"""From the bytes of a picture to pixels: the only decode, for ingest, training and serving.
+
+Pictures are uint8 RGB arrays (H, W, 3) throughout.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What `decode` accepts, as Pillow names it; JPEG includes MPO, several JPEGs in one file."""
+
+MAX_PIXELS = 64_000_000
+"""Larger pictures are refused before they are decoded (to 3 bytes a pixel)."""
+
+ASPECTS = (3 / 4, 4 / 3)
+"""Narrowest and widest random crop, width / height."""
+
+JPEG_QUALITY = 90
+"""Of the pictures that `shrink` writes, with 4:2:0 chroma."""
+
+_ORIENTATION_TAG = 0x0112
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+_DECODER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Warning,  # where the caller turns Pillow's warnings into errors
+)
+
+
+class ImageError(ValueError):
+    """Bytes that cannot become a picture; the message says why."""
+
+
+class UnknownFormatError(ImageError):
+    """Bytes that are no picture in an accepted format."""
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """The picture in `data`, upright: uint8 RGB (H, W, 3).
+
+    The content decides on the format, the first frame is taken of an animation, 16-bit grey is
+    scaled to 8 bits, and what is transparent becomes white.
+
+    Raises ImageError if there is no picture, it is damaged or it has more than `max_pixels`.
+    """
+    image = _open(data, max_pixels)
+    try:
+        return _upright(_to_rgb(image), _orientation(image))
+    except ImageError:
+        raise
+    except _DECODER_ERRORS as error:
+        width, height = image.size
+        what = f"{image.format} of {width} x {height}"
+        raise ImageError(f"{what} cannot be decoded: {error}") from error
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of the upright picture in `data`, read from its header.
+
+    Raises ImageError as `decode` does, but may miss damage behind the header.
+    """
+    image = _open(data, MAX_PIXELS)
+    if image.format == "TIFF":  # Pillow turns these itself, on loading
+        height, width = decode(data).shape[:2]
+        return width, height
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def shrink(data: bytes, shorter_side: int) -> bytes:
+    """The picture as an upright RGB JPEG whose shorter side has at most so many pixels.
+
+    A picture that is all that already (and baseline, not progressive) stays byte for byte as it
+    is, once it has proved to be decodable. Raises ImageError as `decode` does.
+    """
+    pixels = decode(data)
+    image = _open(data, MAX_PIXELS)
+    is_plain = image.format == "JPEG" and image.mode == "RGB" and "progressive" not in image.info
+    if is_plain and _orientation(image) == 1 and min(image.size) <= shorter_side:
+        return data
+    height, width = pixels.shape[:2]
+    scale = shorter_side / min(height, width)
+    if scale < 1:
+        pixels = _resize(pixels, round(height * scale), round(width * scale))
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(
+            buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0"
+        )
+    except OSError as error:
+        raise ImageError(f"a picture of {width} x {height} does not fit in a JPEG") from error
+    return buffer.getvalue()
+
+
+def fit(image: Pixels, size: int, how: Literal["stretch", "crop"]) -> Pixels:
+    """(H, W, 3) -> (size, size, 3), antialiased: the whole picture squeezed, or its centre."""
+    if how == "stretch":
+        return _resize(image, size, size)
+    if how != "crop":
+        raise ValueError(f"how is {how!r}: give stretch or crop")
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return _resize(image[top : top + side, left : left + side], size, size)
+
+
+def augment(
+    image: Pixels, size: int, min_crop: float, flip: bool, rng: np.random.Generator
+) -> Pixels:
+    """(H, W, 3) -> (size, size, 3): a random crop, squeezed, and mirrored half of the time.
+
+    The crop keeps a share in [`min_crop`, 1] of the area. Its aspect is log-uniform within
+    `ASPECTS` as far as a crop of that area can have it: a long picture keeps a long crop.
+    """
+    height, width = image.shape[:2]
+    aspect, share = width / height, rng.uniform(min_crop, 1)
+    narrowest, widest = aspect * share, aspect / share  # beyond, it would leave the picture
+    low, high = (min(max(limit, narrowest), widest) for limit in ASPECTS)
+    chosen = math.exp(rng.uniform(math.log(low), math.log(high)))
+    crop_width = min(width, max(1, round(math.sqrt(width * height * share * chosen))))
+    crop_height = min(height, max(1, round(math.sqrt(width * height * share / chosen))))
+    left = int(rng.integers(width - crop_width + 1))
+    top = int(rng.integers(height - crop_height + 1))
+    square = _resize(image[top : top + crop_height, left : left + crop_width], size, size)
+    return square[:, ::-1] if flip and rng.random() < 0.5 else square
+
+
+def mentions_side(captions: Sequence[str]) -> bool:
+    """Whether a caption says left or right, so that the mirrored picture would belie it."""
+    return any(_SIDES.search(caption) for caption in captions)
+
+
+def to_chw(image: Pixels) -> Pixels:
+    """(H, W, 3) -> contiguous (3, H, W)."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+# Decoding -------------------------------------------------------------------------------------
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header only."""
+    if not data:
+        raise UnknownFormatError("there are no bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        if data.startswith(_SIGNATURES) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
+            raise ImageError("the header is damaged") from error
+        raise UnknownFormatError(
+            f"no picture in an accepted format: {', '.join(FORMATS)}"
+        ) from error
+    except _DECODER_ERRORS as error:
+        raise ImageError(f"cannot be read: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} are more than {max_pixels} pixels")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{image.format} with 32 bits a channel: these have no fixed white")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 (upright) to 8; 1 if the EXIF data are missing or nonsense."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return orientation if orientation in range(2, 9) else 1
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
+    columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
+    return np.ascontiguousarray(pixels[rows, columns])
+
+
+def _resize(image: Pixels, height: int, width: int) -> Pixels:
+    """Antialiased bilinear, as torchvision's pretrained weights were made with.
+
+    Torch's kernel gives what Pillow's does in a third of the time.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    image = np.require(image, requirements="CW")  # what torch takes without a warning
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(
+        planes, (height, width), mode="bilinear", antialias=True
+    )
+    return resized[0].permute(1, 2, 0).numpy()

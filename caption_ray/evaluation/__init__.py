@@ -1,0 +1,1 @@
+"""Evaluation: captions for many pictures, and pictures of what was learnt."""

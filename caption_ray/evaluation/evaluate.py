@@ -1,0 +1,224 @@
+"""Captions for many pictures: Ray Data actors, on GPUs where there are any.
+
+The same `Predictor` that serves captions them, so what is measured is what is served.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy, Dataset
+from tqdm import tqdm
+
+from caption_ray import cluster, storage
+from caption_ray.data.pipeline import DataSet, RawImages, ShardFile
+from caption_ray.data.plan import plan_epoch
+from caption_ray.data.shapes import judge
+from caption_ray.data.transforms import ImageError
+from caption_ray.serving.predictor import Predictor
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+BATCH_SIZE = 32
+DECODE_THREADS = 4
+
+
+class _Captions:
+    """Actor: rows with `image` bytes (or None and an `error`) -> rows with caption or error."""
+
+    def __init__(self, checkpoint: str) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.predictor = Predictor.from_uri(checkpoint, device)
+        self.threads = ThreadPoolExecutor(DECODE_THREADS)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        squares = list(self.threads.map(self._prepare, rows))
+        good = [number for number, square in enumerate(squares) if square is not None]
+        captions = (
+            self.predictor.predict(np.stack([squares[number] for number in good])) if good else []
+        )
+        for row in rows:
+            row.update(caption=None, log_prob=None, image=None)
+        for number, caption in zip(good, captions, strict=True):
+            rows[number].update(caption=caption.text, log_prob=caption.log_prob)
+        return pa.Table.from_pylist(rows, schema=_RESULT)
+
+    def _prepare(self, row: dict[str, Any]) -> Any:
+        if row["error"] is None:
+            try:
+                return self.predictor.prepare(row["image"])
+            except ImageError as error:
+                row["error"] = str(error)
+        return None
+
+
+_RESULT = pa.schema(
+    [
+        ("file", pa.string()),
+        ("caption", pa.string()),
+        ("log_prob", pa.float64()),
+        ("error", pa.string()),
+        ("details", pa.string()),  # JSON that passes through: ids, references, objects
+    ]
+)
+
+
+def caption_files(checkpoint: str, images: str, out: str, *, progress: bool = True) -> int:
+    """Caption every picture that `images` means: one picture, a folder, a glob or a bucket prefix.
+
+    Writes JSON lines to `out`, sorted by file: `file`, `caption` and `log_prob`, or `file` and
+    `error` for a picture that cannot be read. Returns the number of the latter. Raises ValueError
+    if `images` means none.
+    """
+    files = find_images(images)
+    dataset = ray.data.from_items(
+        [{"uri": file} for file in files], override_num_blocks=_num_blocks(len(files))
+    ).map_batches(_read_files, batch_size=BATCH_SIZE, batch_format="pyarrow", zero_copy_batch=True)
+    rows = sorted(_caption(dataset, checkpoint, len(files), progress), key=lambda row: row["file"])
+    lines = []
+    for row in rows:
+        kept = ("file", "error") if row["error"] else ("file", "caption", "log_prob")
+        lines.append(json.dumps({key: row[key] for key in kept}, ensure_ascii=False))
+    storage.write_bytes(storage.resolve(out), ("\n".join(lines) + "\n").encode())
+    return sum(row["error"] is not None for row in rows)
+
+
+def caption_split(
+    checkpoint: str,
+    dataset: DataSet,
+    split: str,
+    *,
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Caption every picture of a split exactly once (or only the first `limit`, as stored).
+
+    Returns one record a picture, sorted by `image_id`: also `file`, `caption`, `log_prob`, `error`
+    (None if all is well), `references` (what people wrote) and `objects` (see shards.SCHEMA).
+    """
+    pieces = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
+    pictures = sum(len(piece.rows) for piece in pieces)
+    read = ray.data.from_items(
+        [{"unit": piece.shard, "rows": len(piece.rows)} for piece in pieces],
+        override_num_blocks=len(pieces),
+    ).map_batches(
+        _read_units,
+        fn_args=[ray.put(dataset.splits[split])],
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    records = []
+    for row in _caption(read, checkpoint, pictures, progress):
+        details = json.loads(row.pop("details"))
+        records.append({**row, **details})
+    return sorted(records, key=lambda record: record["image_id"])
+
+
+def judge_shapes(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of captions of drawn scenes that are wholly true, name every object, and do both."""
+    judged = [judge(record["caption"] or "", record["objects"]) for record in records]
+    count = max(1, len(judged))
+    return {
+        "true": sum(j.true for j in judged) / count,
+        "complete": sum(j.complete for j in judged) / count,
+        "exact": sum(j.true and j.complete for j in judged) / count,
+    }
+
+
+def find_images(images: str) -> list[str]:
+    """URIs of the pictures that `images` means; ValueError if it means none."""
+    uri = storage.resolve(images)
+    if storage.exists(uri):
+        return [uri]
+    matches: Callable[[str], bool]
+    if any(mark in uri for mark in "*?["):
+        folder = uri[: min(uri.index(mark) for mark in "*?[" if mark in uri)].rpartition("/")[0]
+        pattern = uri
+
+        def matches(file: str) -> bool:
+            return fnmatch.fnmatchcase(file, pattern)
+    else:
+        folder = uri
+
+        def matches(file: str) -> bool:
+            return file.lower().endswith(SUFFIXES)
+
+    found = [file for file in storage.list_files(folder) if matches(file)]
+    if not found:
+        raise ValueError(
+            f"--images {images}: no picture there; give a picture, a folder or bucket prefix of "
+            f"pictures ({', '.join(SUFFIXES)}) or a glob"
+        )
+    return found
+
+
+def _num_blocks(items: int) -> int:
+    return max(1, min(items // BATCH_SIZE, 200))
+
+
+def _read_files(table: pa.Table) -> pa.Table:
+    rows = []
+    for uri in table["uri"].to_pylist():
+        row = {"file": uri, "image": None, "error": None, "details": "{}"}
+        try:
+            row["image"] = storage.read_bytes(uri)
+        except OSError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=_ENCODED)
+
+
+_ENCODED = pa.schema(
+    [("file", pa.string()), ("image", pa.binary()), ("error", pa.string()),
+     ("details", pa.string())]
+)  # fmt: skip
+
+
+def _read_units(table: pa.Table, units: ray.ObjectRef) -> Iterator[pa.Table]:
+    loaded: list[ShardFile | RawImages] = ray.get(units)
+    for piece in table.to_pylist():
+        rows = []
+        for row in loaded[piece["unit"]].read()[: piece["rows"]]:
+            details = {
+                "image_id": row["image_id"],
+                "references": row["captions"],
+                "objects": row["objects"],
+            }
+            rows.append(
+                {
+                    "file": row["file_name"],
+                    "image": row["image"],
+                    "error": row["error"],
+                    "details": json.dumps(details),
+                }
+            )
+        yield pa.Table.from_pylist(rows, schema=_ENCODED)
+
+
+def _caption(
+    encoded: Dataset, checkpoint: str, total: int, progress: bool
+) -> Iterator[dict[str, Any]]:
+    gpus = cluster.num_gpus()
+    # one CPU stays free for reading
+    actors = gpus or max(1, int(cluster.num_cpus()) - 1)
+    captioned = encoded.map_batches(
+        _Captions,
+        fn_constructor_args=[checkpoint],
+        batch_size=BATCH_SIZE,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=actors),
+        num_gpus=1 if gpus else 0,
+        num_cpus=0 if gpus else 1,
+    )
+    with tqdm(total=total, unit="image", desc="caption", disable=None if progress else True) as bar:
+        for row in captioned.iter_rows():
+            bar.update(1)
+            yield row

@@ -1,0 +1,63 @@
+"""The captioner: an encoder and a decoder, built from the configuration.
+
+Shapes: B images, S height and width in pixels, K captions per image, L caption length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from caption_ray.config import ModelConfig
+from caption_ray.model.decoder import Decoder, DecoderOutput, build_decoder
+from caption_ray.model.encoder import Encoder, build_encoder
+
+
+class Captioner(nn.Module):
+    """From pictures to words."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, images: Tensor, tokens: Tensor) -> DecoderOutput:
+        """Predict each word of tokens, int64 (B, K, L), from images, uint8 (B, 3, S, S), and the
+        words before it; an image is encoded once for its K captions."""
+        output: DecoderOutput = self.decoder(self.encoder(images), tokens)
+        return output
+
+    def parameter_groups(
+        self, learning_rate: float, encoder_learning_rate: float, weight_decay: float
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for a torch optimizer: each part with its learning rate, decay on
+        matrices only (no biases, norms and scales), frozen parameters left out."""
+        groups = []
+        parts = ((self.decoder, learning_rate), (self.encoder, encoder_learning_rate))
+        for part, rate in parts:
+            trainable = [parameter for parameter in part.parameters() if parameter.requires_grad]
+            matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
+            vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+            groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
+            groups.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
+
+
+def build_captioner(
+    config: ModelConfig, vocab_size: int, encoder_weights: str | None, pretrained: bool
+) -> Captioner:
+    """The captioner that `config` asks for.
+
+    With `pretrained`, the encoder starts from `config.encoder.weights`; `encoder_weights` is the
+    local file where these are the URI of one. Without, it is left random and no weights are looked
+    up: for a captioner whose weights come from a checkpoint.
+
+    Raises ValueError as `build_encoder` and `build_decoder` do.
+    """
+    encoder_config = config.encoder
+    if not pretrained:
+        encoder_config = dataclasses.replace(encoder_config, weights="none")
+    encoder = build_encoder(encoder_config, encoder_weights)
+    return Captioner(encoder, build_decoder(config.decoder, encoder.region_dim, vocab_size))

@@ -1,0 +1,354 @@
+"""From pixels to a grid of regions.
+
+Shapes: B images, S their height and width in pixels, (h, w) the backbone's feature map,
+N regions, E region dim.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import models
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from caption_ray.config import EncoderConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Encoder(nn.Module):
+    """A backbone without its classifier, its feature map pooled to a grid of regions.
+
+    All that comes before the stage `trainable_from` is frozen: it takes no gradients, it stays in
+    evaluation mode under `train()`, and autograd keeps nothing of it, as neither the pictures nor
+    the frozen weights ask for gradients.
+    """
+
+    mean: Tensor
+    std: Tensor
+    pooling: Tensor | None
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: EncoderConfig,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        channels, height, width = _feature_map(backbone, config)
+        rows, columns = (config.grid, config.grid) if config.grid else (height, width)
+        self.region_dim = channels
+        """E, the size of a region."""
+        self.grid = (rows, columns)
+        """Rows and columns of the regions, which come row by row: N = rows * columns."""
+
+        self.backbone = backbone
+        # In checkpoints too, so that an encoder built from one sees pixels as in training.
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+        # Adaptive average pooling as a matrix: torch's own has no deterministic gradient on GPUs.
+        pixels = torch.eye(height * width).view(-1, 1, height, width)
+        pooling = F.adaptive_avg_pool2d(pixels, self.grid).flatten(1).T  # (N, h * w)
+        same = self.grid == (height, width)
+        self.register_buffer("pooling", None if same else pooling, persistent=False)
+
+        self._always_eval = _freeze(backbone, config)
+        self.train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Regions (B, N, E) of uint8 images (B, 3, S, S)."""
+        pixels = (images - self.mean) / self.std
+        # Convolutions are faster with channels last, and regions come out contiguous.
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.backbone(pixels)
+        if features.ndim == 3:  # a vision transformer's class token and patches
+            features = features[:, 1:]  # (B, h * w, E)
+        else:
+            features = features.flatten(2).transpose(1, 2)  # (B, h * w, E)
+        return features if self.pooling is None else self.pooling.to(features.dtype) @ features
+
+    def train(self, mode: bool = True) -> Encoder:
+        super().train(mode)
+        for module in self._always_eval:
+            module.training = False
+        return self
+
+
+def build_encoder(config: EncoderConfig, weights_path: str | None) -> Encoder:
+    """The encoder that `config` asks for, with its weights.
+
+    `weights_path` is the local file to read where `is_weights_uri(config.weights)`. Weights by
+    torchvision's names come through torchvision, which keeps what it downloads.
+
+    Raises ValueError, naming the option, its value and valid ones, for an unknown backbone, name of
+    weights or stage, for a file that does not fit, and for an image size that the backbone does
+    not take.
+    """
+    small = config.name == "small"
+    backbone, dropped = (small_backbone(), set()) if small else _torchvision_backbone(config)
+    if is_weights_uri(config.weights):
+        if weights_path is None:
+            raise ValueError(f"--model.encoder.weights is {config.weights!r}: give the local file")
+        _load(backbone, _read(weights_path, config), dropped, config)
+        return Encoder(backbone, config)
+    if config.weights == "none":
+        return Encoder(backbone, config)
+    weights = _torchvision_weights(config)
+    _load(backbone, weights.get_state_dict(check_hash=True), dropped, config)
+    preset = weights.transforms()
+    return Encoder(backbone, config, preset.mean, preset.std)
+
+
+def is_weights_uri(weights: str) -> bool:
+    """Whether `--model.encoder.weights` names a file, which `build_encoder` needs locally."""
+    return "/" in weights or weights.endswith((".pth", ".pt", ".safetensors"))
+
+
+# Backbones ------------------------------------------------------------------------------------
+
+
+def small_backbone() -> nn.Module:
+    """A compact residual CNN of stride 16, to be trained from scratch on drawn scenes.
+
+    At 96 pixels it gives 6 x 6 regions, each about as large as a small figure; stride 8 would make
+    the decoder's attention four times as slow. Group norm, unlike batch norm, keeps an image's
+    regions independent of the batch it comes in.
+    """
+
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Sequential(nn.Conv2d(3, 32, 4, stride=4), _Residual(32)),
+            stage1=nn.Sequential(nn.Conv2d(32, 64, 2, stride=2), _Residual(64)),
+            stage2=nn.Sequential(
+                _Coordinates(), nn.Conv2d(66, 128, 2, stride=2), _Residual(128), _Residual(128)
+            ),
+            norm=nn.Sequential(nn.GroupNorm(8, 128), nn.ReLU()),
+        )
+    )
+
+
+class _Residual(nn.Module):
+    """x + f(x), normalised and rectified before each convolution (He et al. 2016, 1603.05027)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.conv1(F.relu(self.norm1(x)))
+        residual = self.conv2(F.relu(self.norm2(residual)))
+        return x + residual
+
+
+class _Coordinates(nn.Module):
+    """Appends column and row, from -1 to 1, as channels: CoordConv (Liu et al., 1807.03247).
+
+    A convolution alone cannot tell left from right.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C + 2, h, w)
+        batch, _, height, width = x.shape
+        columns = torch.linspace(-1, 1, width, device=x.device, dtype=x.dtype)
+        rows = torch.linspace(-1, 1, height, device=x.device, dtype=x.dtype)
+        places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # (2, h, w)
+        return torch.cat([x, places.expand(batch, -1, -1, -1)], dim=1)
+
+
+def _torchvision_backbone(config: EncoderConfig) -> tuple[nn.Module, set[str]]:
+    """A torchvision classifier up to its last feature map, and the names of what that leaves out.
+
+    The classifier is traced, so that its forward need not be known; modules keep their names.
+    """
+    names = models.list_models(module=models)
+    if config.name not in names:
+        raise ValueError(
+            f"--model.encoder.name is {config.name!r}: give 'small' or one of torchvision's "
+            f"classification backbones{_did_you_mean(config.name, names)}"
+        )
+    options: dict[str, Any] = {}
+    if config.name.startswith("vit"):
+        options = {"image_size": config.image_size}
+    elif config.name.startswith("maxvit"):
+        options = {"input_size": (config.image_size, config.image_size)}
+    elif config.name in ("inception_v3", "googlenet"):
+        # Their weights want pixels from -1 to 1, which transform_input makes of normalised ones.
+        options = {"transform_input": True, "init_weights": True}
+    try:
+        # Traced in evaluation mode there are no auxiliary classifiers.
+        classifier = models.get_model(config.name, weights=None, **options).eval()
+    except (ValueError, AssertionError) as error:
+        raise _wrong_image_size(config, error) from error
+
+    head = [name for name, child in classifier.named_children() if _has_parameters(child)][-1]
+    graph = _Tracer(head).trace(classifier)
+    features = next(node for node in graph.nodes if node.target == head).args[0]
+    while _pools(features, classifier):
+        features = features.args[0]
+    next(node for node in graph.nodes if node.op == "output").args = (features,)
+    backbone = fx.GraphModule(classifier, graph)
+    backbone.graph.eliminate_dead_code()
+    backbone = fx.GraphModule(backbone, backbone.graph)  # with no module that the graph lacks
+    return backbone, set(dict(classifier.named_children())) - set(dict(backbone.named_children()))
+
+
+class _Tracer(fx.Tracer):
+    """Leaves whole: torch's own modules, torchvision's operators, and the classifier's head."""
+
+    proxy_buffer_attributes = True  # buffers keep their names, too
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.head = head
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        operator = module.__module__.startswith("torchvision.ops")
+        if name == self.head or (operator and not isinstance(module, nn.Sequential)):
+            return True
+        return super().is_leaf_module(module, name)
+
+
+def _pools(node: fx.Node, classifier: nn.Module) -> bool:
+    """Whether a node stands between the last feature map and the head."""
+    if node.op == "call_module":
+        module = classifier.get_submodule(str(node.target))
+        return isinstance(module, nn.AdaptiveAvgPool2d | nn.Flatten | nn.Dropout)
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    # A vision transformer's class token is taken by getitem.
+    return name in ("adaptive_avg_pool2d", "mean", "flatten", "dropout", "getitem")
+
+
+def _feature_map(backbone: nn.Module, config: EncoderConfig) -> tuple[int, int, int]:
+    """Channels, height and width of the feature map that the backbone makes of an image."""
+    try:
+        with torch.no_grad():
+            image = torch.zeros(1, 3, config.image_size, config.image_size)
+            features = backbone.eval()(image)
+    except (RuntimeError, AssertionError) as error:
+        raise _wrong_image_size(config, error) from error
+    if features.ndim == 3:
+        side = math.isqrt(features.shape[1] - 1)
+        return features.shape[2], side, side
+    _, channels, height, width = features.shape
+    return channels, height, width
+
+
+def _wrong_image_size(config: EncoderConfig, error: Exception) -> ValueError:
+    return ValueError(
+        f"--model.encoder.image-size is {config.image_size}: {config.name} takes other sizes, "
+        f"224 for one ({error})"
+    )
+
+
+# Freezing -------------------------------------------------------------------------------------
+
+
+def _freeze(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module]:
+    """Freeze what comes before `trainable_from`; the modules that stay in evaluation mode."""
+    modules = dict(backbone.named_modules())
+    stage = config.trainable_from
+    if stage == "all":
+        frozen = []
+    elif stage == "none":
+        frozen = list(modules.values())
+    elif stage in modules and _has_parameters(modules[stage]):
+        frozen = list(modules.values())[: list(modules).index(stage)]
+    else:
+        raise ValueError(
+            f"--model.encoder.trainable-from is {stage!r}: for {config.name} give none, all or a "
+            f"stage: {', '.join(_stages(backbone))}"
+        )
+    for module in frozen:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    if config.batch_norm == "frozen":
+        frozen += [module for module in modules.values() if isinstance(module, _BatchNorm)]
+    return frozen
+
+
+def _stages(backbone: nn.Module) -> list[str]:
+    """The coarsest parts of a backbone that are worth choosing from."""
+    stages = {"": backbone}
+    while len(stages) < 4:
+        stages = {
+            f"{name}.{part}".strip("."): child
+            for name, stage in stages.items()
+            for part, child in (list(stage.named_children()) or [("", stage)])
+            if _has_parameters(child)
+        }
+    return list(stages)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+# Weights --------------------------------------------------------------------------------------
+
+
+def _torchvision_weights(config: EncoderConfig) -> models.WeightsEnum:
+    valid = {} if config.name == "small" else models.get_model_weights(config.name).__members__
+    if config.weights not in valid:
+        raise ValueError(
+            f"--model.encoder.weights is {config.weights!r}: for {config.name} give "
+            f"{', '.join(['none', *valid])} or the path of a state dict"
+        )
+    return valid[config.weights]
+
+
+def _read(path: str, config: EncoderConfig) -> dict[str, Tensor]:
+    """A state dict from a .safetensors file or one that torch saved; nothing is unpickled."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(key): tensor.detach() for key, tensor in state.items()}
+    except Exception as error:  # of many kinds, whatever the file is instead
+        raise ValueError(
+            f"--model.encoder.weights is {config.weights!r}: no state dict in {path} ({error})"
+        ) from error
+
+
+DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+
+
+def _load(
+    backbone: nn.Module, state: dict[str, Tensor], dropped: Collection[str], config: EncoderConfig
+) -> None:
+    """Load a classifier's weights; those of the parts that were left out are ignored."""
+    state = {
+        DENSENET_KEY.sub(r"\1\2", key): tensor  # norm.1 is norm1 in today's DenseNets
+        for key, tensor in state.items()
+        if key.partition(".")[0] not in dropped
+    }
+    try:
+        if "encoder.pos_embedding" in state:
+            patch = state["conv_proj.weight"].shape[-1]
+            state = interpolate_embeddings(config.image_size, patch, OrderedDict(state))
+        backbone.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        reason = "; ".join(str(error).split("\n\t")[:3])
+        raise ValueError(
+            f"--model.encoder.weights is {config.weights!r}: these are not the weights of "
+            f"{config.name}: {reason[:300]}"
+        ) from error
+
+
+def _did_you_mean(name: str, valid: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, ["small", *valid], n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ", resnet50 for one"

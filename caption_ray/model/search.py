@@ -1,0 +1,229 @@
+"""From word probabilities to captions: greedy search, beam search and sampling.
+
+All of them drive a `StepFn` and know nothing of the decoder behind it; all images and all their
+sequences advance together.
+
+Shapes: B images, K sequences per image, R sequences returned per image, T steps, N regions,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from caption_ray.config import SearchConfig
+from caption_ray.model.captioner import Captioner
+from caption_ray.model.decoder import END, PAD, START, State, StepOutput
+
+StepFn = Callable[[Tensor, State], StepOutput]
+"""From the last words, int64 (B, K), and the state to the next words' logits and the new state."""
+
+
+class Hypotheses(NamedTuple):
+    """The R best captions of each image, the best first."""
+
+    tokens: Tensor
+    """int64 (B, R, T): words and, unless it was cut at the maximal length, END; then PAD."""
+    log_probs: Tensor
+    """(B, R): the sum over the words, END included. -inf: there is no such caption."""
+    lengths: Tensor
+    """int64 (B, R): number of words, END included."""
+    attention: Tensor
+    """(B, R, T, N): where each word looked; zero for PAD."""
+
+
+def beam_search(
+    step: StepFn, state: State, *, max_length: int, length_penalty: float, num_return: int
+) -> Hypotheses:
+    """The captions of highest log-probability / length ** length_penalty that K beams find.
+
+    `state` is the initial state of K beams per image. At each step the K best continuations of an
+    image's beams are kept; those that end, and all at max_length, leave the beams and are compared
+    with the captions that ended before. The search stops when no beam can win any more, so that
+    stopping early changes nothing. One beam is greedy search.
+
+    Raises ValueError unless 1 <= num_return <= K.
+    """
+    batch, beams = state[0].shape[:2]
+    if not 1 <= num_return <= beams:
+        raise ValueError(
+            f"--search.beam-size is {beams}: it finds 1 to {beams} captions per image, and "
+            f"{num_return} were asked for"
+        )
+    device = state[0].device
+    image = torch.arange(batch, device=device).unsqueeze(1)  # (B, 1)
+    tokens = torch.full((batch, beams), START, device=device)
+    # Log-probabilities of the beams, -inf for none: they all start alike, so the first will do.
+    live = torch.full((batch, beams), -torch.inf, device=device)
+    live[:, 0] = 0.0
+    best = torch.full((batch, num_return), -torch.inf, device=device)  # scores of ended captions
+    trace: list[_Step] = []
+
+    for length in range(1, max_length + 1):
+        logits, state, attention = step(tokens, state)
+        continued = live.unsqueeze(-1) + _log_probs(logits)  # (B, K, V)
+        log_probs, index = continued.flatten(1).topk(beams)
+        parent, tokens = index // logits.shape[-1], index % logits.shape[-1]  # (B, K)
+        state = tuple(tensor[image, parent] for tensor in state)
+
+        ended = (tokens == END) | torch.full_like(tokens, length == max_length, dtype=torch.bool)
+        scores = (log_probs / length**length_penalty).masked_fill(~ended, -torch.inf)
+        best = torch.cat([best, scores], dim=1).topk(num_return).values
+        live = log_probs.masked_fill(ended, -torch.inf)
+        trace.append(_Step(tokens, parent, attention, log_probs, scores))
+        # Log-probabilities only fall, and the last length divides them by most.
+        bound = live.amax(dim=1) / max_length**length_penalty  # (B,)
+        if bool((best[:, -1] >= bound).all()):
+            break
+    return _backtrack(trace, num_return)
+
+
+def greedy(step: StepFn, state: State, *, max_length: int) -> Hypotheses:
+    """The likeliest word at each step; `state` is the initial state of one sequence per image."""
+    return _follow(step, state, lambda log_probs: log_probs.argmax(dim=-1), max_length)
+
+
+def sample(
+    step: StepFn,
+    state: State,
+    *,
+    max_length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Hypotheses:
+    """K random captions of each image; `state` is the initial state of K sequences per image.
+
+    Words are drawn from softmax(logits / temperature), cut to the `top_k` likeliest words and to
+    the fewest words that together have a probability of `top_p` (Holtzman et al., 1904.09751).
+    `log_probs` are those of the decoder, before any of that. `generator` must live where `state`
+    does.
+
+    Raises ValueError for a temperature or top_p that no distribution has.
+    """
+    if temperature <= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            f"cannot sample with temperature {temperature}, top_k {top_k}, top_p {top_p}: give a "
+            "temperature above 0, a top_k of at least 1 or None, and a top_p in (0, 1]"
+        )
+
+    def draw(log_probs: Tensor) -> Tensor:
+        logits = log_probs / temperature  # (B, K, V)
+        if top_k is not None and top_k < logits.shape[-1]:
+            least = logits.topk(top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if top_p < 1:
+            ordered, words = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+            enough = ordered.cumsum(dim=-1) - ordered >= top_p  # without this word already
+            logits = logits.masked_fill(enough.gather(-1, words.argsort(dim=-1)), -torch.inf)
+        probabilities = logits.softmax(dim=-1)
+        words = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
+        return words.view(logits.shape[:2])
+
+    return _follow(step, state, draw, max_length)
+
+
+@torch.inference_mode()
+def generate(
+    captioner: Captioner, images: Tensor, search: SearchConfig, num_return: int
+) -> Hypotheses:
+    """The `num_return` best captions that `search` finds for images, uint8 (B, 3, S, S).
+
+    Raises ValueError if more captions are asked for than there are beams, and for a captioner in
+    training mode, whose dropout would spoil them.
+    """
+    if captioner.training:
+        raise ValueError("call captioner.eval() before generating captions")
+    decoder = captioner.decoder
+    memory = decoder.prepare(captioner.encoder(images))
+    state = decoder.initial_state(memory, search.beam_size)
+
+    def step(tokens: Tensor, state: State) -> StepOutput:
+        return decoder.step(tokens, state, memory)
+
+    if search.beam_size == 1 and num_return == 1:
+        return greedy(step, state, max_length=search.max_length)
+    return beam_search(
+        step,
+        state,
+        max_length=search.max_length,
+        length_penalty=search.length_penalty,
+        num_return=num_return,
+    )
+
+
+def _follow(
+    step: StepFn, state: State, choose: Callable[[Tensor], Tensor], max_length: int
+) -> Hypotheses:
+    """Extend K sequences, each on its own, by the words that `choose` takes of (B, K, V)."""
+    tokens = torch.full(state[0].shape[:2], START, device=state[0].device)  # (B, K)
+    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    total = torch.zeros(tokens.shape, device=tokens.device)
+    words, attentions = [], []
+    for _ in range(max_length):
+        logits, state, attention = step(tokens, state)
+        log_probs = _log_probs(logits)
+        tokens = choose(log_probs).masked_fill(ended, PAD)
+        gained = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        total = total + gained.masked_fill(ended, 0.0)
+        words.append(tokens)
+        attentions.append(attention.masked_fill(ended.unsqueeze(-1), 0.0))
+        ended = ended | (tokens == END)
+        if bool(ended.all()):
+            break
+    total, order = total.sort(dim=1, descending=True)
+    image = torch.arange(len(order), device=order.device).unsqueeze(1)
+    found = torch.stack(words, dim=-1)[image, order]  # (B, K, T)
+    attention = torch.stack(attentions, dim=2)[image, order]  # (B, K, T, N)
+    return Hypotheses(found, total, (found != PAD).sum(dim=-1), attention)
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    """The decoder's log-probabilities, in float32, but never of PAD or START."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    for never in (PAD, START):
+        log_probs[..., never] = -torch.inf
+    return log_probs
+
+
+class _Step(NamedTuple):
+    """A step of beam search, for reading captions back from their last word. All (B, K)."""
+
+    tokens: Tensor
+    parent: Tensor
+    """The beam, of the step before, that each token continues."""
+    attention: Tensor
+    """(B, K, N), of the beams before they were reordered."""
+    log_probs: Tensor
+    scores: Tensor
+    """-inf, except where a caption ended at this step."""
+
+
+def _backtrack(trace: list[_Step], num_return: int) -> Hypotheses:
+    """The captions of best score, read from their last words back to their first."""
+    beams = trace[0].scores.shape[1]
+    scores, last = torch.cat([step.scores for step in trace], dim=1).topk(num_return)  # (B, R)
+    exists = scores > -torch.inf
+    log_probs = torch.cat([step.log_probs for step in trace], dim=1).gather(1, last)
+    lengths = (last // beams + 1) * exists
+    beam = last % beams  # (B, R)
+    image = torch.arange(len(beam), device=beam.device).unsqueeze(1)
+
+    tokens, attentions = [], []
+    for index, step in reversed(list(enumerate(trace))):
+        within = index < lengths  # (B, R)
+        parent = step.parent.gather(1, beam)
+        tokens.append(step.tokens.gather(1, beam).masked_fill(~within, PAD))
+        attentions.append(step.attention[image, parent].masked_fill(~within.unsqueeze(-1), 0.0))
+        beam = torch.where(within, parent, beam)
+    return Hypotheses(
+        torch.stack(tokens[::-1], dim=-1),
+        log_probs.masked_fill(~exists, -torch.inf),
+        lengths,
+        torch.stack(attentions[::-1], dim=2),
+    )

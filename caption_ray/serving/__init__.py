@@ -1,0 +1,1 @@
+"""Serving: image bytes to captions, and the Ray Serve application around it."""

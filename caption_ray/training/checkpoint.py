@@ -1,0 +1,270 @@
+"""The checkpoint: a folder in storage that serves without pickle or training configuration.
+
+    <storage>/<run>/
+      latest.json  best.json        pointers, replaced atomically
+      config.json  vocabulary.json  of the run
+      checkpoint-00000120/
+        model.safetensors           weights
+        config.json                 model and search settings
+        vocabulary.json
+        state.json                  step, epoch, metrics, tracker id
+        ledger.npy                  which pictures of the epoch were seen (bool)
+        optimizer.pt                for resuming only
+        manifest.json               size and digest of all of these; written last
+
+A folder without a manifest is a checkpoint that never finished; no pointer ever names one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from caption_ray import storage
+from caption_ray.config import ModelConfig, SearchConfig, from_dict, to_dict
+from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.model.captioner import Captioner, build_captioner
+
+MODEL, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.json"
+STATE, LEDGER, OPTIMIZER, MANIFEST = "state.json", "ledger.npy", "optimizer.pt", "manifest.json"
+PREFIX = "checkpoint-"
+POINTERS = ("latest", "best")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, is damaged, or belongs to another model."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stood when the checkpoint was taken."""
+
+    step: int
+    """Optimizer steps taken since the run began."""
+    epoch: int
+    """Epoch in progress, from 0; the next one if `epoch_step` is 0."""
+    epoch_step: int
+    """Steps taken inside that epoch."""
+    metrics: dict[str, float]
+    """The newest validation metrics."""
+    tracker_id: str | None
+    """Run id in Weights & Biases."""
+    best_loss: float | None
+    """Lowest validation loss so far."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint as serving and evaluation need it."""
+
+    uri: str
+    captioner: Captioner
+    """On the CPU, in eval mode."""
+    vocabulary: Vocabulary
+    model: ModelConfig
+    search: SearchConfig
+    state: State
+
+
+def folder_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+# Writing --------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    captioner: Captioner,
+    vocabulary: Vocabulary,
+    model: ModelConfig,
+    search: SearchConfig,
+    state: State,
+    optimizer: dict[str, Any],
+    ledger: NDArray[np.bool_],
+) -> None:
+    """Write all files of a checkpoint to a local folder."""
+    buffer = io.BytesIO()
+    torch.save(optimizer, buffer)
+    seen = io.BytesIO()
+    np.save(seen, ledger, allow_pickle=False)
+    weights = {name: tensor.contiguous() for name, tensor in captioner.state_dict().items()}
+    config = {"model": to_dict(model), "search": to_dict(search)}
+    files = {
+        MODEL: save_safetensors(_without_aliases(weights)),
+        CONFIG: json.dumps(config, indent=1).encode(),
+        VOCABULARY: vocabulary.to_json().encode(),
+        STATE: json.dumps(dataclasses.asdict(state), indent=1).encode(),
+        LEDGER: seen.getvalue(),
+        OPTIMIZER: buffer.getvalue(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    manifest = {
+        name: {"bytes": len(data), "digest": storage.digest(data)} for name, data in files.items()
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _without_aliases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights once: safetensors refuses tensors that share memory."""
+    seen: set[int] = set()
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if not (tensor.data_ptr() in seen or seen.add(tensor.data_ptr()))  # type: ignore[func-returns-value]
+    }
+
+
+def commit(folder: Path, run: str, state: State, *, keep: int, is_best: bool) -> str:
+    """Upload a saved checkpoint below the run's URI and let the pointers name it.
+
+    The manifest goes last, the pointers after it, and only then are checkpoints pruned that are
+    neither the best nor among the newest `keep`. Returns the checkpoint's URI.
+    """
+    name = folder_name(state.step)
+    uri = storage.join(run, name)
+    files = sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST)
+    for file in files:
+        storage.write_bytes(storage.join(uri, file.name), file.read_bytes())
+    pointer = json.dumps(
+        {
+            "checkpoint": name,
+            "step": state.step,
+            "epoch": state.epoch,
+            "metrics": state.metrics,
+            "time": datetime.now(timezone.utc).isoformat(),
+        },
+        indent=1,
+    ).encode()
+    for which in POINTERS if is_best else POINTERS[:1]:
+        storage.write_bytes(storage.join(run, f"{which}.json"), pointer)
+    _prune(run, keep)
+    return uri
+
+
+def _prune(run: str, keep: int) -> None:
+    kept = {str(_read_pointer(run, which)["checkpoint"]) for which in POINTERS
+            if storage.exists(storage.join(run, f"{which}.json"))}  # fmt: skip
+    folders = [name for name in storage.list_folders(run) if name.startswith(PREFIX)]
+    for name in folders[:-keep]:
+        if name not in kept:
+            # the manifest first: what is left of a half-deleted checkpoint is then none
+            storage.delete(storage.join(run, name, MANIFEST))
+            storage.delete(storage.join(run, name))
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def find(uri: str, which: Literal["latest", "best"] = "latest") -> str:
+    """The checkpoint that `uri` means: a checkpoint itself, the latest or best one of a run, or
+    that of the run in a folder of runs which was written to last.
+
+    Raises CheckpointError if there is none.
+    """
+    uri = storage.resolve(uri)
+    if storage.exists(storage.join(uri, MANIFEST)):
+        return uri
+    runs = [uri, *(storage.join(uri, name) for name in storage.list_folders(uri))]
+    pointers = [
+        (str(pointer["time"]), storage.join(run, str(pointer["checkpoint"])))
+        for run in runs
+        if storage.exists(storage.join(run, f"{which}.json"))
+        for pointer in [_read_pointer(run, which)]
+    ]
+    if not pointers:
+        raise CheckpointError(
+            f"{uri}: neither a checkpoint nor a run with {which}.json nor a folder of such runs; "
+            "train one (python jobs/train.py) or name another"
+        )
+    return max(pointers)[1]
+
+
+def _read_pointer(run: str, which: str) -> dict[str, Any]:
+    uri = storage.join(run, f"{which}.json")
+    try:
+        pointer: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        return {"checkpoint": pointer["checkpoint"], "time": pointer["time"], **pointer}
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{uri}: not a pointer to a checkpoint ({error!r})") from None
+
+
+def _read(uri: str, names: list[str]) -> dict[str, bytes]:
+    """The named files of a checkpoint, verified against its manifest."""
+    try:
+        manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        files = {name: storage.read_bytes(storage.join(uri, name)) for name in names}
+        for name, data in files.items():
+            entry = manifest[name]
+            if len(data) != entry["bytes"] or storage.digest(data) != entry["digest"]:
+                raise CheckpointError(
+                    f"{storage.join(uri, name)}: {len(data)} bytes that are not what the manifest "
+                    f"names ({entry['bytes']} bytes); use another checkpoint"
+                )
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{uri}: not a whole checkpoint ({error})") from None
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{uri}: damaged manifest ({error!r})") from None
+    return files
+
+
+def load(uri: str) -> Loaded:
+    """Rebuild the captioner of the checkpoint at exactly this URI (see `find`).
+
+    Raises CheckpointError if a file is missing, damaged, or does not fit the others.
+    """
+    files = _read(uri, [MODEL, CONFIG, VOCABULARY, STATE])
+    try:
+        config = json.loads(files[CONFIG])
+        model = from_dict(ModelConfig, config["model"], f"{uri}/{CONFIG}")
+        search = from_dict(SearchConfig, config["search"], f"{uri}/{CONFIG}")
+        state = from_dict(State, json.loads(files[STATE]), f"{uri}/{STATE}")
+        vocabulary = Vocabulary.from_json(files[VOCABULARY].decode(), f"{uri}/{VOCABULARY}")
+        captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
+        _load_weights(captioner, load_safetensors(files[MODEL]))
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{uri}: cannot be rebuilt: {error}") from error
+    return Loaded(uri, captioner.eval(), vocabulary, model, search, state)
+
+
+def _load_weights(captioner: Captioner, weights: dict[str, Tensor]) -> None:
+    own = captioner.state_dict()
+    missing = set(_without_aliases(own)) - set(weights)
+    unknown = set(weights) - set(own)
+    if missing or unknown:
+        raise ValueError(
+            f"weights of another model: {sorted(missing)[:3]} missing, "
+            f"{sorted(unknown)[:3]} unknown"
+        )
+    captioner.load_state_dict(weights, strict=False)
+
+
+def load_for_resume(
+    uri: str, captioner: Captioner, device: torch.device
+) -> tuple[State, dict[str, Any], NDArray[np.bool_]]:
+    """Load weights into `captioner`; returns state, optimizer state and ledger."""
+    files = _read(uri, [MODEL, STATE, OPTIMIZER, LEDGER])
+    try:
+        _load_weights(captioner, load_safetensors(files[MODEL]))
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{uri}: cannot be resumed: {error}") from error
+    optimizer = torch.load(io.BytesIO(files[OPTIMIZER]), map_location=device, weights_only=True)
+    ledger = np.load(io.BytesIO(files[LEDGER]), allow_pickle=False)
+    return from_dict(State, json.loads(files[STATE]), uri), optimizer, ledger

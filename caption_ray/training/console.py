@@ -1,0 +1,90 @@
+"""What a person sees of a run: workers post lines and steps, the driver shows them.
+
+Printing on the workers would put Ray's prefix before every line and tear the progress bar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+REFRESH_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an epoch is."""
+
+    epoch: str
+    step: int
+    steps: int
+
+
+@ray.remote(num_cpus=0)
+class _Mailbox:
+    def __init__(self) -> None:
+        self.items: list[str | Progress] = []
+
+    def post(self, item: str | Progress) -> None:
+        self.items.append(item)
+
+    def collect(self) -> list[str | Progress]:
+        items, self.items = self.items, []
+        return items
+
+
+class Console:
+    """The workers' end: never waits for anyone."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._posted = 0.0
+
+    def say(self, line: str) -> None:
+        """Show a line."""
+        self._mailbox.post.remote(line)
+
+    def progress(self, epoch: str, step: int, steps: int) -> None:
+        """Move the bar; calls that come too fast are dropped, the last of an epoch never."""
+        now = time.monotonic()
+        if now - self._posted > REFRESH_SECONDS or step == steps:
+            self._posted = now
+            self._mailbox.post.remote(Progress(epoch, step, steps))
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[Console]:
+    """A console whose lines and bar appear on this process's terminal while the context lasts."""
+    mailbox = _Mailbox.remote()
+    done = threading.Event()
+    shower = threading.Thread(target=_show, args=(mailbox, done), daemon=True)
+    shower.start()
+    try:
+        yield Console(mailbox)
+    finally:
+        done.set()
+        shower.join(timeout=10)
+        ray.kill(mailbox)
+
+
+def _show(mailbox: Any, done: threading.Event) -> None:
+    # no bar in a log file, where it would leave a line for each refresh
+    with tqdm(unit="step", disable=None, leave=False) as bar:
+        last = False
+        while not last:
+            last = done.wait(REFRESH_SECONDS)
+            for item in ray.get(mailbox.collect.remote()):
+                if isinstance(item, str):
+                    tqdm.write(item)
+                elif not bar.disable:
+                    if bar.desc != f"{item.epoch}: ":
+                        bar.set_description(item.epoch, refresh=False)
+                        bar.reset(total=item.steps)
+                    bar.update(item.step - bar.n)

@@ -1,0 +1,227 @@
+"""One training step and one validation pass: plain torch, with or without torch.distributed.
+
+Losses are ratios of global sums: the negative log-likelihood of all words in the step, over all
+workers, divided once by their number. So N workers with batch B take the same step as one worker
+with batch N * B, however their captions differ in length.
+B images, K captions per image, L caption length, M real words, V vocabulary, N regions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from caption_ray.config import TrainConfig
+from caption_ray.model.decoder import END, PAD, START
+from caption_ray.model.loss import doubly_stochastic, token_loss
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or not a number; the message says at which step."""
+
+
+@dataclass
+class Example:
+    """What one step of one worker sees, on its device."""
+
+    images: Tensor
+    """uint8 (B, 3, S, S)"""
+    tokens: Tensor
+    """int64 (B, K, L), cut at the longest caption"""
+    weight: float
+    """1; 0 for a stand-in batch of a worker that has run out of pictures before the others"""
+
+
+@dataclass
+class Sums:
+    """Sums over pictures, to be added over steps and workers and divided once."""
+
+    nll: Tensor
+    """Negative log-likelihood of all real words, in nats."""
+    words: Tensor
+    """Real words, the end of each caption included."""
+    captions: Tensor
+    images: Tensor
+
+    @staticmethod
+    def zero(device: torch.device) -> Sums:
+        return Sums(*torch.zeros(4, dtype=torch.float64, device=device))
+
+    def add(self, other: Sums) -> None:
+        for name, value in vars(other).items():
+            getattr(self, name).add_(value)
+
+    def reduced(self) -> Sums:
+        """The sums over all workers."""
+        total = torch.stack(list(vars(self).values()))
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return Sums(*total)
+
+    def losses(self, padded_length: int) -> dict[str, float]:
+        """Nats per word; and `loss_padded`, per caption and divided by the padded length, which is
+        how the original system (and TensorFlow's tutorial) reported its loss."""
+        nll, words, captions, _ = (float(value) for value in vars(self).values())
+        return {
+            "loss": nll / max(words, 1),
+            "loss_padded": nll / max(captions, 1) / padded_length,
+        }
+
+
+def to_example(
+    images: NDArray[np.uint8] | None,
+    tokens: NDArray[np.int32] | None,
+    image_size: int,
+    device: torch.device,
+) -> Example:
+    """Arrays of a batch as tensors on the device; None gives a stand-in that weighs nothing."""
+    weight = 1.0
+    if images is None or tokens is None or not (tokens[..., 1:] != PAD).any():
+        # every parameter still takes part, so that DDP's all-reduce does not wait for ever
+        images = np.zeros((1, 3, image_size, image_size), np.uint8)
+        tokens = np.array([[[START, END]]], np.int32)
+        weight = 0.0
+    longest = int((tokens != PAD).any((0, 1)).nonzero()[0].max()) + 1
+    pinned = [
+        torch.tensor(array) if device.type == "cpu" else torch.tensor(array).pin_memory()
+        for array in (images, tokens[..., :longest])
+    ]
+    on_device = [tensor.to(device, non_blocking=True) for tensor in pinned]
+    return Example(on_device[0], on_device[1].long(), weight)
+
+
+def learning_rate_factor(step: int, settings: TrainConfig, total_steps: int) -> float:
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, then cosine to zero."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    progress = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
+    """Scale every group's peak learning rate (`peak_lr`); returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the randomness of a step (dropout) depend on nothing but its number and the rank, so
+    that a resumed run draws what an uninterrupted one would have drawn."""
+    mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(mixed)
+
+
+def set_determinism(seed: int, strict: bool) -> None:
+    """Seed all generators; strict: only deterministic kernels (an error where there is none)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(strict)
+    torch.backends.cudnn.benchmark = not strict
+
+
+def train_step(
+    model: nn.Module,
+    example: Example,
+    optimizer: Optimizer,
+    settings: TrainConfig,
+    autocast: torch.dtype | None = None,
+) -> tuple[Sums, Tensor]:
+    """One optimizer step on this worker's share of the batch.
+
+    model: a Captioner, plain or wrapped in DDP. Returns this worker's sums and the global gradient
+    norm before clipping, both still on the device.
+    """
+    parts = list(
+        zip(
+            example.images.chunk(settings.accumulation),
+            example.tokens.chunk(settings.accumulation),
+            strict=True,
+        )
+    )
+    counts = _counts(example)
+    shared = counts.reduced()
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    nll = torch.zeros_like(counts.nll)
+    per_word = 1 / shared.words.clamp(min=1)
+    per_caption = settings.attention_regularization / shared.captions.clamp(min=1)
+    optimizer.zero_grad(set_to_none=True)
+    for number, (images, tokens) in enumerate(parts):
+        last = number == len(parts) - 1
+        wait = isinstance(model, DistributedDataParallel) and not last
+        with model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+            part_nll, spread = _forward(model, images, tokens, autocast)
+            # DDP averages gradients over the workers where a sum is wanted
+            loss = per_word * part_nll + per_caption * spread
+            (loss * (example.weight * workers)).backward()  # type: ignore[no-untyped-call]
+        nll += example.weight * part_nll.detach()
+    norm = nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], settings.max_grad_norm
+    )
+    optimizer.step()
+    counts.nll.copy_(nll)
+    return counts, norm
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, examples: Iterable[Example], autocast: torch.dtype | None = None
+) -> Sums | None:
+    """Sums over this worker's share of the validation split; None if it is empty."""
+    model.eval()
+    total: Sums | None = None
+    for example in examples:
+        counts = _counts(example)
+        nll, _ = _forward(model, example.images, example.tokens, autocast)
+        counts.nll.copy_(example.weight * nll)
+        total = total or Sums.zero(nll.device)
+        total.add(counts)
+    model.train()
+    return total
+
+
+def require_finite(losses: list[Tensor], first_step: int, epoch: int) -> None:
+    """Raise NonFiniteLoss naming the first bad step; `losses` are those from `first_step` on.
+
+    Called once per so many steps, because each look makes the host wait for the device.
+    """
+    finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
+    if not all(finite):
+        step = first_step + finite.index(False)
+        raise NonFiniteLoss(
+            f"the loss or its gradient is not finite at step {step} (epoch {epoch}): lower "
+            "--train.learning-rate, lengthen --train.warmup-steps or set --train.precision float32"
+        )
+
+
+def _forward(
+    model: nn.Module, images: Tensor, tokens: Tensor, autocast: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Sums of the negative log-likelihood and of the doubly stochastic term."""
+    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+        output = model(images, tokens)
+    nll, _ = token_loss(output.logits, tokens[..., 1:][output.mask])
+    spread, _ = doubly_stochastic(output.attention, output.mask)
+    return nll, spread
+
+
+def _counts(example: Example) -> Sums:
+    targets = example.tokens[..., 1:] != PAD  # (B, K, L-1)
+    words, captions = targets.sum(), targets.any(-1).sum()
+    images = torch.tensor(example.images.shape[0], device=targets.device)
+    counts = torch.stack([torch.zeros_like(words), words, captions, images]).double()
+    return Sums(*(counts * example.weight))

@@ -1,0 +1,129 @@
+"""Following a run: Weights & Biases, TensorBoard, or nothing but the console."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from caption_ray.config import Config, to_dict
+
+
+class Tracker(Protocol):
+    """Where rank 0 sends what is to be looked at."""
+
+    id: str | None
+    """What a restarted run needs to continue on the same page."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Numbers at an optimizer step."""
+
+    def log_captions(
+        self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
+    ) -> None:
+        """Pictures uint8 (n, 3, S, S) with the model's captions and what people wrote."""
+
+    def finish(self) -> None:
+        """Write out what is still held back."""
+
+
+class _Nothing:
+    id: str | None = None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        pass
+
+    def log_captions(
+        self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
+    ) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class _WandB:
+    """Online with a key (WANDB_API_KEY or `wandb login`), else offline below `folder`."""
+
+    def __init__(self, config: Config, folder: Path, resume_id: str | None) -> None:
+        import wandb
+
+        settings = wandb.Settings(console="off", silent=True)
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        self.run = wandb.init(
+            project=config.run.project,
+            name=config.run.name,
+            id=resume_id,
+            resume="allow",
+            config=to_dict(config),
+            dir=str(folder),
+            mode=mode,
+            settings=settings,
+        )
+        self.id = self.run.id
+        self.table = wandb.Table
+        self.image = wandb.Image
+        # everything is drawn over the optimizer step, also after a restart from an earlier one
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log({**metrics, "step": step})
+
+    def log_captions(
+        self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
+    ) -> None:
+        rows = [
+            [self.image(np.moveaxis(image, 0, -1)), caption, reference]
+            for image, caption, reference in zip(images, captions, references, strict=True)
+        ]
+        table = self.table(columns=["picture", "caption", "reference"], data=rows)
+        self.run.log({"captions": table, "step": step})
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and "api.wandb.ai" in netrc.read_text()
+
+
+class _TensorBoard:
+    id: str | None = None
+
+    def __init__(self, config: Config, folder: Path, resume_id: str | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+        self.writer.add_text("config", f"```\n{to_dict(config)}\n```", 0)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def log_captions(
+        self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
+    ) -> None:
+        for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            self.writer.add_image(f"captions/{number}", image, step)
+            self.writer.add_text(f"captions/{number}", f"{caption} ({references[number]})", step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def start(config: Config, folder: Path, resume_id: str | None) -> Tracker:
+    """The tracker that `run.tracker` names; its files go below the local `folder`.
+
+    resume_id: the tracker id of the run to continue, None for a new one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {"wandb": _WandB, "tensorboard": _TensorBoard}
+    kind = kinds.get(config.run.tracker)
+    return kind(config, folder, resume_id) if kind else _Nothing()

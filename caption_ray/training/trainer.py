@@ -1,0 +1,144 @@
+"""Ray Train, seen from the driver: the same run on one laptop or on many GPUs.
+
+`train` settles the data, the vocabulary and the run's folder, and has Ray start the workers; what
+these do is in worker.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from caption_ray import cluster, storage
+from caption_ray.config import Config, from_dict, to_dict
+from caption_ray.data.ingest import ensure_shapes
+from caption_ray.data.pipeline import DataSet, open_shards, open_source
+from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.training import checkpoint, console
+from caption_ray.training.worker import FAILURE_FILE, Job, read_history, work
+
+CONFIG_FILE, VOCABULARY_FILE = "config.json", "vocabulary.json"
+
+
+class RunError(RuntimeError):
+    """The run stopped for a reason that starting its workers again would not mend."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left behind."""
+
+    run: str
+    """URI of its folder."""
+    checkpoint: str
+    """URI of the best checkpoint."""
+    history: list[dict[str, float]]
+    """One record per logged point: step, epoch and metrics."""
+    data: str
+    """URI of the data set."""
+
+
+def train(config: Config) -> Finished:
+    """Train the configured captioner, or go on with the run of that name.
+
+    Needs a connection to Ray (`cluster.connect`). Raises ValueError for settings and data that
+    cannot work, RunError for a run that diverged or whose data is unreadable, and Ray's
+    TrainingFailedError when workers die more often than allowed.
+    """
+    config = _settle(config)
+    assert config.run.name is not None
+    run = storage.join(config.run.storage, config.run.name)
+    dataset = open_data(config)
+    vocabulary = Vocabulary.from_counts(
+        dataset.word_counts, config.data.min_word_count, config.data.max_words
+    )
+    resumed = _settle_run(config, run, vocabulary)
+    gpus = cluster.num_gpus() if config.train.use_gpu is None else int(config.train.use_gpu)
+    print(json.dumps(to_dict(config), indent=1))
+    print(
+        f"Run {run}: {'resumed' if resumed else 'new'}; {sum(dataset.rows('train'))} training and "
+        f"{sum(dataset.rows('val'))} validation pictures, {len(vocabulary)} words, "
+        f"{config.train.num_workers} worker(s) on {'GPU' if gpus else 'CPU'}",
+        flush=True,
+    )
+    # Ray's own record of checkpoints would be restored under the same name, and fails where one
+    # of them was pruned or Ray is newer; `latest.json` is the only truth about a run
+    storage.delete(storage.join(run, "checkpoint_manager_snapshot.json"))
+    resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if gpus else {})
+    storage.delete(storage.join(run, FAILURE_FILE))
+    with console.shown() as shown:
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"job": Job(config, run, ray.put(dataset), vocabulary, shown)},
+            scaling_config=ScalingConfig(
+                num_workers=config.train.num_workers,
+                use_gpu=bool(gpus),
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=config.run.name,
+                storage_path=config.run.storage,
+                failure_config=FailureConfig(max_failures=config.train.max_failures),
+                logging_config=LoggingConfig(log_level="WARNING"),
+                worker_runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
+            ),
+        )
+        trainer.fit()
+    if storage.exists(storage.join(run, FAILURE_FILE)):
+        raise RunError(storage.read_text(storage.join(run, FAILURE_FILE)))
+    return Finished(run, checkpoint.find(run, "best"), read_history(run), dataset.uri)
+
+
+def open_data(config: Config) -> DataSet:
+    """The data set the configuration names; `shapes` is drawn and ingested if it is not there."""
+    data = config.data
+    if data.source is not None:
+        return open_source(data.source, seed=config.train.seed)
+    uri = data.shards or ensure_shapes(config.run.storage, data)
+    return open_shards(uri)
+
+
+def _settle(config: Config) -> Config:
+    """The configuration with what depends on time and place made explicit: workers run in other
+    folders than the driver."""
+    name = config.run.name or datetime.now().strftime("run-%Y%m%d-%H%M%S")
+    run = replace(config.run, name=name, storage=storage.resolve(config.run.storage))
+    data = replace(
+        config.data,
+        shards=config.data.shards and storage.resolve(config.data.shards),
+        source=config.data.source and storage.resolve(config.data.source),
+    )
+    return replace(config, run=run, data=data)
+
+
+def _settle_run(config: Config, run: str, vocabulary: Vocabulary) -> bool:
+    """Write configuration and vocabulary into the run's folder, or check that those which are
+    there fit; returns whether the run had begun before."""
+    saved = storage.join(run, CONFIG_FILE)
+    resumed = storage.exists(storage.join(run, "latest.json"))
+    if resumed:
+        old = from_dict(Config, json.loads(storage.read_bytes(saved)), saved)
+        words = storage.read_text(storage.join(run, VOCABULARY_FILE))
+        differs = [
+            name
+            for name, same in {
+                "model": old.model == config.model,
+                "data.shards": old.data.shards == config.data.shards,
+                "data.source": old.data.source == config.data.source,
+                "the vocabulary": Vocabulary.from_json(words, run).words == vocabulary.words,
+            }.items()
+            if not same
+        ]
+        if differs:
+            raise ValueError(
+                f"--run.name {config.run.name}: the run in {run} differs in {', '.join(differs)}; "
+                "give another --run.name to start anew, or the settings of its config.json"
+            )
+    storage.write_bytes(saved, json.dumps(to_dict(config), indent=1).encode())
+    storage.write_bytes(storage.join(run, VOCABULARY_FILE), vocabulary.to_json().encode())
+    return resumed

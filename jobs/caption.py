@@ -1,0 +1,38 @@
+"""Caption pictures: `python jobs/caption.py --checkpoint URI --images URI --out URI`.
+
+Writes one JSON line a picture: file, caption and log-probability (or the error).
+"""
+
+from dataclasses import dataclass
+
+import tyro
+
+from caption_ray import cluster
+from caption_ray.config import default_storage
+from caption_ray.evaluation import evaluate
+from caption_ray.training import checkpoint
+
+
+@dataclass
+class Arguments:
+    images: str
+    """One picture, a folder, a glob (in quotes) or a bucket prefix."""
+    out: str
+    """Where the JSON lines go."""
+    checkpoint: str = default_storage()
+    """A checkpoint, a run (its best checkpoint) or a folder of runs (the newest run's best)."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        uri = checkpoint.find(arguments.checkpoint, "best")
+        cluster.connect()
+        unreadable = evaluate.caption_files(uri, arguments.images, arguments.out)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"Captions of {uri} in {arguments.out}; {unreadable} unreadable pictures")
+
+
+if __name__ == "__main__":
+    main()

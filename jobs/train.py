@@ -1,0 +1,40 @@
+"""Train a captioner: `python jobs/train.py [shapes|coco|seed] [--section.setting value ...]`.
+
+Without arguments: the embedded data set of drawn scenes, some minutes on a laptop.
+On a cluster: `ray job submit --working-dir . -- python jobs/train.py coco --data.shards URI ...`.
+"""
+
+from caption_ray import cluster, config, storage
+from caption_ray.evaluation import evaluate, report
+from caption_ray.training import trainer
+
+
+def main() -> None:
+    settings = config.parse(description=__doc__)
+    cluster.connect()
+    try:
+        finished = trainer.train(settings)
+    except (ValueError, trainer.RunError) as error:
+        raise SystemExit(f"error: {error}") from None
+    curve = report.write_loss_curve(finished.history, finished.run)
+    records = evaluate.caption_split(
+        finished.checkpoint, trainer.open_data(settings), "val", limit=500
+    )
+    print("\nSample captions of validation pictures:")
+    for record in records[:5]:
+        print(f"  {record['file']}: {record['caption']}")
+    if settings.data.shards is None and settings.data.source is None:
+        share = evaluate.judge_shapes(records)
+        print(
+            f"Held-out scenes captioned truly and fully: {100 * share['exact']:.1f} % of "
+            f"{len(records)} (true {100 * share['true']:.1f} %, naming every object "
+            f"{100 * share['complete']:.1f} %)"
+        )
+    print(f"Loss curve: {curve}")
+    print(f"Checkpoint: {finished.checkpoint}")
+    print("Next: serve run serve_config.yaml")
+    print(f"  or: python jobs/caption.py --checkpoint {storage.name(finished.run)} ...")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+COCO_MINI_VARIABLE = "CAPTION_RAY_COCO_MINI"
+
+# Ray: no usage reports, no dashboard probing; and quiet deprecations of its own making
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def coco_mini() -> Path:
+    """Folder with a small real excerpt of COCO 2017 in its original zips."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "coco-mini"
+    chosen = os.environ.get(COCO_MINI_VARIABLE)
+    for folder in (beside, *([Path(chosen)] if chosen else [])):
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"no real pictures: neither ../shared/coco-mini nor ${COCO_MINI_VARIABLE} is there")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A local Ray of four (logical) CPUs and no GPU, shared by all tests that need one."""
+    import ray
+
+    from caption_ray import cluster
+
+    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    cluster.configure_data()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small `shapes` data set in COCO layout: 40 training and 12 validation scenes, unpacked."""
+    from caption_ray.data import shapes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    shapes.write(folder, 40, 12, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(scenes: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same scenes as shards of at most 15 pictures."""
+    from caption_ray.data.ingest import ingest
+
+    out = str(tmp_path_factory.mktemp("shards"))
+    ingest(
+        str(scenes),
+        out,
+        image_size=None,
+        images_per_shard=15,
+        seed=0,
+        splits=("train", "val"),
+        progress=False,
+    )
+    return out

@@ -1,0 +1,154 @@
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from caption_ray.data.vocabulary import Vocabulary
+
+from caption_ray import config, storage
+from caption_ray.data import transforms
+from caption_ray.data.pipeline import Preparation, batches, open_shards, open_source
+from caption_ray.data.plan import plan_epoch
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def _preparation(dataset, augment=None, **changes):
+    preset = config.shapes()
+    return Preparation(
+        dataclasses.replace(preset.model.encoder, image_size=48),
+        dataclasses.replace(preset.data, **changes),
+        Vocabulary.from_counts(dataset.word_counts, 1, None),
+        augment,
+    )
+
+
+def _epoch(dataset, split="train", *, rank=0, world_size=1, shuffle=(0, 0), **changes):
+    pieces = plan_epoch(dataset.rows(split), rank=rank, world_size=world_size, shuffle=shuffle)
+    prepare = _preparation(dataset, shuffle, **changes)
+    return list(
+        batches(dataset.splits[split], pieces, prepare, batch_size=8, cpus=2, keep_order=True)
+    )
+
+
+def _numbers(epoch):
+    return [int(number) for batch in epoch for number in batch.numbers]
+
+
+def test_every_picture_exactly_once_over_two_workers(shards):
+    dataset = open_shards(shards)
+    shares = [_epoch(dataset, rank=rank, world_size=2) for rank in range(2)]
+    assert sorted(_numbers(shares[0]) + _numbers(shares[1])) == list(range(40))
+    for share in shares:
+        assert [len(batch.numbers) for batch in share] == [8, 8, 4]
+
+
+def test_order_follows_the_plan_and_changes_with_the_epoch(shards):
+    dataset = open_shards(shards)
+    planned = [
+        piece.first + int(row)
+        for piece in plan_epoch(dataset.rows("train"), rank=0, world_size=1, shuffle=(0, 1))
+        for row in piece.rows
+    ]
+    assert _numbers(_epoch(dataset, shuffle=(0, 1))) == planned
+    assert _numbers(_epoch(dataset, shuffle=(0, 2))) != planned
+
+
+def test_batches_hold_the_pictures_and_captions_of_their_rows(shards, scenes):
+    dataset = open_shards(shards)
+    rows = [row for unit in dataset.splits["val"] for row in unit.read()]
+    vocabulary = Vocabulary.from_counts(dataset.word_counts, 1, None)
+    seen = 0
+    for batch in _epoch(dataset, "val", shuffle=None):
+        assert batch.images.dtype == np.uint8 and batch.images.shape[1:] == (3, 48, 48)
+        assert batch.tokens.dtype == np.int32 and batch.tokens.shape[1:] == (5, 40)
+        for image, tokens, number in zip(batch.images, batch.tokens, batch.numbers, strict=True):
+            row = rows[number]
+            file = Path(scenes, "val", row["file_name"])
+            square = transforms.fit(transforms.decode(file.read_bytes()), 48, "stretch")
+            assert np.array_equal(image, transforms.to_chw(square))
+            assert [vocabulary.decode(line) for line in tokens.tolist()] == row["captions"]
+            seen += 1
+    assert seen == 12
+
+
+def test_raw_pictures_stream_like_shards(shards, scenes):
+    raw, sharded = open_source(str(scenes), seed=0), open_shards(shards)
+    assert raw.word_counts == sharded.word_counts
+    pictures = [
+        {
+            int(image_id): (image.tobytes(), tokens.tobytes())
+            for batch in _epoch(dataset, "val", shuffle=None)
+            for image_id, image, tokens in zip(
+                batch.image_ids, batch.images, batch.tokens, strict=True
+            )
+        }
+        for dataset in (raw, sharded)
+    ]
+    assert len(pictures[0]) == 12
+    assert pictures[0] == pictures[1]
+
+
+def test_unreadable_raw_pictures_are_named_and_weigh_nothing(scenes, tmp_path):
+    source = shutil.copytree(scenes, tmp_path / "source")
+    files = sorted((source / "train").iterdir())
+    files[0].unlink()
+    files[1].write_bytes(b"no picture")
+    epoch = _epoch(open_source(str(source), seed=0))
+    assert sorted(_numbers(epoch)) == list(range(40))
+    errors = sorted(error for batch in epoch for error in batch.errors)
+    assert [error.split(":")[0] for error in errors] == [files[0].name, files[1].name]
+    blank = [t for b in epoch for t in b.tokens if not t.any()]
+    assert len(blank) == 2
+
+
+def test_a_shard_that_is_not_what_the_index_names_stops_the_epoch(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    shard = sorted((copy / "train").iterdir())[0]
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(Exception, match=r"parquet: .* not what the index names"):
+        _epoch(open_shards(str(copy)))
+
+
+def test_more_captions_than_places_are_drawn_anew_each_epoch(shards):
+    dataset = open_shards(shards)
+
+    def chosen(epoch):
+        return {
+            int(number): tokens.tobytes()
+            for batch in _epoch(dataset, shuffle=(0, epoch), captions_per_image=2)
+            for number, tokens in zip(batch.numbers, batch.tokens, strict=True)
+        }
+
+    assert chosen(0) == chosen(0)
+    assert chosen(0) != chosen(1)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_picture(shards):
+    dataset = open_shards(shards)
+
+    def images(epoch, **changes):
+        return {
+            int(number): image.tobytes()
+            for batch in _epoch(dataset, shuffle=(0, epoch), min_crop=0.5, **changes)
+            for number, image in zip(batch.numbers, batch.images, strict=True)
+        }
+
+    assert images(0) == images(0)
+    assert images(0) != images(1)
+
+
+def test_a_split_that_is_not_there_names_those_that_are(shards):
+    with pytest.raises(ValueError, match=r"no split 'test'; it has train, val"):
+        open_shards(shards).rows("test")
+
+
+def test_no_index_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match=r"index\.json: no index.*jobs/ingest\.py --out"):
+        open_shards(str(tmp_path))
+    storage.write_bytes(str(tmp_path / "index.json"), b'{"format": 99}')
+    with pytest.raises(ValueError, match="format 99"):
+        open_shards(str(tmp_path))

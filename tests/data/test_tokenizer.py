@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from caption_ray.data.tokenizer import tokenize
+
+# What CoreNLP 3.4.1 and pycocoevalcap 1.2 gave for these captions.
+EXPECTED = {
+    "A man is riding a wave.": "a man is riding a wave",
+    "": "",
+    " . ": "",
+    "Two dogs, one cat; three: birds - four?": "two dogs one cat three birds four",
+    "It's the dog's bone and the dogs' bowls.": "it 's the dog 's bone and the dogs bowls",
+    "He doesn't, can't and won't; they've, she'd, I'm, we'll":
+        "he does n't ca n't and wo n't they 've she 'd i 'm we 'll",
+    "It’s a dog’s, don’t": "it 's a dog 's do n't",
+    "You cannot; I'm gonna, gotta, wanna, lemme, gimme":
+        "you can not i 'm gon na got ta wan na lem me gim me",
+    "'Tis more'n rock 'n' roll at 5 o'clock, y'all, ma'am":
+        "'t is more 'n rock 'n' roll at 5 o'clock y' all ma'am",
+    "the '90s and 1990's, get 'em 'cause": "the '90s and 1990 's get 'em 'cause",
+    "O'Reilly's and d'Artagnan": "o'reilly 's and d'artagnan",
+    "a t-shirt, black-and-white, a 12-year-old -- and word- -ish":
+        "a t-shirt black-and-white a 12-year-old and word ish",
+    '"Stop" said “the” sign ‘now’ `x`': "stop said the sign now x",
+    "1,000 3.5 .5 10:30am 50-60 12/25/2010 2nd 4x4":
+        "1,000 3.5 .5 10:30 am 50-60 12/25/2010 2nd 4x4",
+    "5 1/2 cups and ½": "5\xa01/2 cups and 1/2",
+    "$5, 5%, £3, €4, 5¢, #1, #tag": "$ 5 5 % # 3 $ 4 5 cents # 1 #tag",
+    "and/or, black/white, w/ and w/o": "and/or black/white w / and w/o",
+    "wait... what.. ok. . . done …": "wait what ok done",
+    "Wow!! What?! Ok!": "wow !! what ?! ok",
+    "A man.A dog": "a man.a dog",
+    "U.S. flag at 5 p.m. in D.C.": "u.s. flag at 5 p.m. in d.c.",
+    "Mr. Smith vs. Dr. Jones on St. Paul Ave. etc.": "mr. smith vs. dr. jones on st. paul ave. etc.",
+    "The train no. 7 says no.": "the train no. 7 says no",
+    "a dog., a cat": "a dog. a cat",
+    "plan b. A dog": "plan b a dog",
+    "(a) [b] {c} dog(s)": "-lrb- a -rrb- -lsb- b -rsb- -lcb- c -rcb- dog -lrb- s -rrb-",
+    "AT&T &amp; R&B, salt&pepper, a & b": "at&t & r&b salt & pepper a & b",
+    "Café piñata, naïve Ångström": "café piñata naïve ångström",
+    "pizza 🍕🍕 ♥ ok": "pizza ♥ ok",
+    "a smile :) or ;-) :D": "a smile :-rrb- or ;--rrb- :d",
+    "me@x.com www.foo.com a_b <b>hi</b>": "me@x.com www.foo.com a_b <b> hi </b>",
+    "5'6\" tall, a+b=c, * ~ 72°": "5 6 tall a + b = c * ~ 72 °",
+    "tabs\tand\nlines": "tabs and lines",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("caption", EXPECTED)
+def test_captions_are_cut_as_the_reference_cuts_them(caption: str) -> None:
+    assert " ".join(tokenize(caption)) == EXPECTED[caption]
+
+
+def test_the_words_of_words_are_the_words() -> None:
+    for caption in ("a man is riding a wave", "a 12-year-old and a t-shirt"):
+        assert " ".join(tokenize(" ".join(tokenize(caption)))) == caption
+
+
+def test_surrounding_space_and_case_do_not_matter() -> None:
+    for caption in ("A dog's T-shirt.", "Don't, U.S."):
+        assert tokenize(f"  {caption} \n") == tokenize(caption)
+        assert tokenize(caption.upper()) == tokenize(caption)
+
+
+# Against the reference itself
+
+
+def coco_captions(coco_mini: Path) -> list[str]:
+    captions: list[str] = []
+    with zipfile.ZipFile(coco_mini / "annotations_trainval2017.zip") as archive:
+        for name in archive.namelist():
+            if "captions" in name:
+                captions += [it["caption"] for it in json.loads(archive.read(name))["annotations"]]
+    return captions
+
+
+def reference(captions: list[str]) -> list[str]:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    numbered = {i: [{"caption": caption}] for i, caption in enumerate(captions)}
+    words = PTBTokenizer().tokenize(numbered)
+    return [words[i][0] for i in range(len(captions))]
+
+
+needs_reference = pytest.mark.skipif(
+    shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None,
+    reason="the reference tokenizer needs java and pycocoevalcap",
+)
+
+
+def share_that_differs(captions: list[str]) -> float:
+    expected = reference(captions)
+    found = [" ".join(tokenize(caption)) for caption in captions]
+    return sum(map(str.__ne__, expected, found)) / len(captions)
+
+
+@needs_reference
+def test_the_table_of_expectations_is_the_references() -> None:
+    assert reference(list(EXPECTED)) == list(EXPECTED.values())
+
+
+@needs_reference
+def test_real_captions_are_cut_as_the_reference_cuts_them(coco_mini: Path) -> None:
+    captions = coco_captions(coco_mini)
+    assert len(captions) > 500
+    assert share_that_differs(captions) <= 0.001
+
+
+@needs_reference
+def test_real_captions_with_stray_marks_are_nearly_always_cut_so(coco_mini: Path) -> None:
+    rng = random.Random(0)
+    marks = [*".,;:!?-'\"()/&%$#", "'s", "n't", "...", "--", " - ", "’", "1", "10", "½", " no. "]
+    captions = []
+    for caption in coco_captions(coco_mini) * 3:
+        at = rng.choice([i for i, letter in enumerate(caption) if letter == " "] or [0])
+        captions.append(caption[:at] + rng.choice(marks) + caption[at + rng.randrange(2) :])
+    assert share_that_differs(captions) <= 0.01

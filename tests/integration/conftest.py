@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+from swift_server import swift_s3, why_unavailable
+
+if TYPE_CHECKING:
+    from swift_server import S3Server
+
+# Each would lead boto3 or pyarrow past the variables that the fixture sets.
+COMPETING_VARIABLES = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+    "AWS_REGION",
+    "AWS_SESSION_TOKEN",
+)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A real S3 server, to which the AWS_* environment variables point until the session ends."""
+    reason = why_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with swift_s3() as server, pytest.MonkeyPatch.context() as patch:
+        for name in COMPETING_VARIABLES:
+            patch.delenv(name, raising=False)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> Iterator[str]:
+    """The URI of an empty bucket, removed after the test with all that it holds."""
+    boto3 = pytest.importorskip("boto3")
+    client = boto3.client("s3")
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=name)
+    yield f"s3://{name}"
+    everything = boto3.resource("s3").Bucket(name)
+    for upload in everything.multipart_uploads.all():
+        upload.abort()
+    everything.objects.all().delete()
+    client.delete_bucket(Bucket=name)
