@@ -33,7 +33,7 @@ def configure_data() -> None:
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT
     context.enable_progress_bars = False  # the jobs show their own
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says they are off
 
 
 def num_gpus() -> int:

@@ -51,7 +51,7 @@ def read_captions(captions: Path, instances: Path | None = None) -> CocoCaptions
     ValueError naming the file and the entry where a file is not UTF-8 JSON in COCO's layout or an
     image stands in it twice.
     """
-    coco = _read(captions, {"caption": str})
+    coco = _index(captions, _read_json(captions), {"caption": str})
     objects: Mapping[int, list[dict[str, Any]]] = {}
     if instances is not None:
         objects = _read_objects(instances, coco.imgs)
@@ -67,9 +67,9 @@ def read_captions(captions: Path, instances: Path | None = None) -> CocoCaptions
         images.append(
             CocoImage(image_id, file_name, width, height, texts, objects.get(image_id, []))
         )
-    for image_id, annotations in coco.imgToAnns.items():
+    for image_id, found in coco.imgToAnns.items():
         if image_id not in coco.imgs:
-            left_out.append((f"image {image_id}", f"{len(annotations)} captions but no picture"))
+            left_out.append((f"image {image_id}", f"{len(found)} captions but no picture"))
     return CocoCaptions(images, left_out)
 
 
@@ -95,9 +95,8 @@ def read_karpathy(path: Path) -> dict[int, str]:
 # Reading and checking -------------------------------------------------------------------------
 
 
-def _read(path: Path, fields: Mapping[str, type]) -> COCO:
-    """The file, checked, in pycocotools' index; its annotations have those fields as well."""
-    dataset = _read_json(path)
+def _index(path: Path, dataset: Any, fields: Mapping[str, type]) -> COCO:
+    """pycocotools' index of a data set, once checked; its annotations have those fields as well."""
     seen = set()
     for i, image in enumerate(_entries(path, dataset, "images")):
         where = f"{path.name}: images[{i}]"
@@ -112,7 +111,7 @@ def _read(path: Path, fields: Mapping[str, type]) -> COCO:
     for i, annotation in enumerate(_entries(path, dataset, "annotations")):
         _check(f"{path.name}: annotations[{i}]", annotation, fields)
     coco = COCO()
-    coco.dataset = dataset
+    coco.dataset = {key: dataset[key] for key in ("images", "annotations")}
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
         coco.createIndex()
     return coco
@@ -122,9 +121,10 @@ def _read_objects(
     path: Path, images: Mapping[int, dict[str, Any]]
 ) -> dict[int, list[dict[str, Any]]]:
     """Image id -> objects, for the images that are given."""
-    coco = _read(path, {"category_id": int, "bbox": list})
+    dataset = _read_json(path)
+    coco = _index(path, dataset, {"category_id": int, "bbox": list})
     names = {}
-    for i, category in enumerate(_entries(path, coco.dataset, "categories")):
+    for i, category in enumerate(_entries(path, dataset, "categories")):
         _check(f"{path.name}: categories[{i}]", category, {"id": int, "name": str})
         names[category["id"]] = category["name"]
     objects: dict[int, list[dict[str, Any]]] = {}

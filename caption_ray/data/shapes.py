@@ -8,9 +8,10 @@ grammar, every statement of which `judge` can check against the boxes:
     figure   = "a" size colour shape [position]
     link     = "and" | "left of" | "and to its right" | ...
 
-A link relates the figures on both its sides; figures are named from left to right. Training
-scenes never show the (colour, shape) pairs in `HELD_OUT`; every validation scene shows one or
-more, so that validation asks for combinations and not for memory.
+A link relates the figures on both its sides; figures are named from left to right. Of the
+background, which the boxes cannot confirm, nothing is said. Training scenes never show the
+(colour, shape) pairs in `HELD_OUT`; every validation scene shows one or more, so that validation
+asks for combinations and not for memory.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _pairs(split: str, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def _figure(colour: str, shape: str, rng: np.random.Generator) -> Figure:
-    size = str(rng.choice(list(RADII)))
+    size = list(RADII)[int(rng.integers(len(RADII)))]
     radius = float(rng.uniform(*RADII[size]))
     x, y = (float(at) for at in rng.uniform(radius + 1, SIZE - radius - 1, 2))
     red, green, blue = (
@@ -245,19 +246,14 @@ def _star() -> list[tuple[float, float]]:
     return [(x / width, -1 + 2 * (y + 1) / (bottom + 1)) for x, y in points]
 
 
-OUTLINES = {
+ARM = 0.35  # half the width of a cross's arms
+OUTLINES: dict[str, list[tuple[float, float]]] = {
     "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
     "triangle": [(0, -1), (1, 1), (-1, 1)],
     "star": _star(),
     "cross": [
-        (x * sx, y * sy)
-        for sx, sy, points in (
-            (1, 1, [(1, 0.35), (0.35, 0.35), (0.35, 1)]),
-            (-1, 1, [(0.35, 1), (0.35, 0.35), (1, 0.35)]),
-            (-1, -1, [(1, 0.35), (0.35, 0.35), (0.35, 1)]),
-            (1, -1, [(0.35, 1), (0.35, 0.35), (1, 0.35)]),
-        )
-        for x, y in points
+        *((-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM)),
+        *((ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)),
     ],
 }
 """Corners, in units of the radius, y down."""

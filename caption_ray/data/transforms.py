@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -167,7 +167,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise UnknownFormatError("there are no bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         if data.startswith(_SIGNATURES) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
             raise ImageError("the header is damaged") from error
         raise UnknownFormatError(
@@ -221,7 +221,7 @@ def _resize(image: Pixels, height: int, width: int) -> Pixels:
     """
     if image.shape[:2] == (height, width):
         return image
-    image = np.require(image, requirements="CW")  # what torch takes without a warning
+    image = np.require(image, requirements=("C", "W"))  # what torch takes without a warning
     planes = torch.from_numpy(image).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(
         planes, (height, width), mode="bilinear", antialias=True

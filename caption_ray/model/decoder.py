@@ -139,7 +139,8 @@ class SoftAttentionDecoder(Decoder):
 
     def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
-        # One step at least, so that every weight gets a gradient, zero if need be.
+        # At least one step: a batch without words, too, gives every weight a gradient (of zero),
+        # which other workers wait for.
         longest = max(1, int(mask.sum(dim=-1).max()))
         words = self.dropout(self.embedding(tokens[..., :longest]))  # (B, K, T, D)
         memory = self.prepare(regions)
@@ -182,7 +183,7 @@ class SoftAttentionDecoder(Decoder):
 
 
 def _lstm(entering: Tensor, recurrent: Tensor, state: State) -> State:
-    """(Hochreiter and Schmidhuber 1997.) Gates in the order input, forget, output, new."""
+    """A step of an LSTM (Hochreiter and Schmidhuber 1997); gates: input, forget, output, new."""
     hidden, cell = state
     gates, new = (entering + recurrent).tensor_split([3 * cell.shape[-1]], dim=-1)
     admit, keep, emit = gates.sigmoid().chunk(3, dim=-1)
@@ -191,7 +192,7 @@ def _lstm(entering: Tensor, recurrent: Tensor, state: State) -> State:
 
 
 def _gru(entering: Tensor, recurrent: Tensor, state: State) -> State:
-    """(Cho et al., 1406.1078, with the reset after the matrix.) Gates: reset, update, new."""
+    """A step of a GRU (Cho et al. 2014, reset after the matrix); gates: reset, update, new."""
     (hidden,) = state
     dims = [2 * hidden.shape[-1]]
     (gates_in, new_in), (gates, new) = (x.tensor_split(dims, dim=-1) for x in (entering, recurrent))

@@ -125,7 +125,6 @@ def small_backbone() -> nn.Module:
     the decoder's attention four times as slow. Group norm, unlike batch norm, keeps an image's
     regions independent of the batch it comes in.
     """
-
     return nn.Sequential(
         OrderedDict(
             stem=nn.Sequential(nn.Conv2d(3, 32, 4, stride=4), _Residual(32)),

@@ -70,7 +70,7 @@ def beam_search(
         parent, tokens = index // logits.shape[-1], index % logits.shape[-1]  # (B, K)
         state = tuple(tensor[image, parent] for tensor in state)
 
-        ended = (tokens == END) | torch.full_like(tokens, length == max_length, dtype=torch.bool)
+        ended = tokens == END if length < max_length else torch.ones_like(tokens, dtype=torch.bool)
         scores = (log_probs / length**length_penalty).masked_fill(~ended, -torch.inf)
         best = torch.cat([best, scores], dim=1).topk(num_return).values
         live = log_probs.masked_fill(ended, -torch.inf)

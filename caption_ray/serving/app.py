@@ -12,9 +12,9 @@ import base64
 import binascii
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -63,36 +63,32 @@ logger = logging.getLogger("ray.serve")
 class Arguments(BaseModel):
     """What `args` in serve_config.yaml, or `key=value` after `serve run`, may say."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
     checkpoint: str = Field(
-        default_factory=lambda: os.environ.get(CHECKPOINT_VARIABLE, "latest"),
-        description="`latest` or `best` of the newest run in `storage`, or the URI of a "
-        f"checkpoint or run (default: ${CHECKPOINT_VARIABLE}, else latest).",
+        default_factory=lambda: os.environ.get(CHECKPOINT_VARIABLE, "latest"), min_length=1
     )
-    storage: str = Field(
-        default_factory=default_storage,
-        description="URI of the folder that holds all runs (default: $CAPTION_RAY_STORAGE, else "
-        "./runs, seen from where Ray was started).",
-    )
+    """`latest` or `best` of the run in `storage` that was written to last, or the URI of a
+    checkpoint or run (default: $CAPTION_RAY_CHECKPOINT, else latest)."""
+
+    storage: str = Field(default_factory=default_storage, min_length=1)
+    """URI of the folder that holds all runs (default: $CAPTION_RAY_STORAGE, else ./runs in the
+    folder where Ray was started, which is that of `serve run` if it starts Ray itself)."""
+
     num_gpus: float | None = Field(
-        default_factory=lambda: os.environ.get(NUM_GPUS_VARIABLE),  # type: ignore[arg-type, return-value]
-        ge=0,
-        description="GPUs of each captioner, a fraction to share one; null: 1 if the cluster has "
-        f"any, else 0 (default: ${NUM_GPUS_VARIABLE}, for clusters that start their GPU nodes on "
-        "demand, else null).",
+        default_factory=lambda: cast(float | None, os.environ.get(NUM_GPUS_VARIABLE)), ge=0
     )
-    max_batch_size: int = Field(
-        default=16, ge=1, description="Most pictures that are captioned at once."
-    )
-    batch_wait_timeout_s: float = Field(
-        default=0.005,
-        ge=0,
-        description="Seconds that a picture waits for others to share its batch.",
-    )
-    max_body_bytes: int = Field(
-        default=10 * 1024 * 1024, ge=1, description="Largest request body, in bytes."
-    )
+    """GPUs of each captioner, a fraction to share one; null: 1 if the cluster has any, else 0
+    (default: $CAPTION_RAY_NUM_GPUS, for clusters that start GPU nodes on demand, else null)."""
+
+    max_batch_size: int = Field(default=16, ge=1)
+    """Most pictures that are captioned at once."""
+
+    batch_wait_timeout_s: float = Field(default=0.005, ge=0)
+    """Seconds that a picture waits for others to share its batch."""
+
+    max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1)
+    """Largest request body, in bytes."""
 
 
 class StartError(CheckpointError, RayServeException):
@@ -114,7 +110,8 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
     try:
         args = Arguments.model_validate(args)
     except ValidationError as error:
-        raise StartError(f"args of caption_ray.serving.app:build_app: {_problem(error)}") from error
+        problem = _problem(error, Arguments.model_fields)
+        raise StartError(f"args of caption_ray.serving.app:build_app: {problem}") from error
     try:
         if args.checkpoint in checkpoint.POINTERS:
             uri = checkpoint.find(args.storage, args.checkpoint)  # type: ignore[arg-type]
@@ -129,14 +126,14 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
         if not ray.is_initialized():  # `serve run` with an import path builds before it connects
             cluster.connect()
         num_gpus = 1 if cluster.num_gpus() else 0
-    captioner = serve.deployment(Captioner).options(
+    captioner = serve.deployment(
         # the next batch gathers while one is captioned
         max_ongoing_requests=2 * args.max_batch_size,
         ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
-    )
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(
+    )(Captioner)
+    ingress = serve.deployment(
         max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 1}
-    )
+    )(serve.ingress()(Ingress))
     return ingress.bind(
         captioner.bind(uri, args.max_batch_size, args.batch_wait_timeout_s),
         predictor.encoder_config,
@@ -157,8 +154,9 @@ class Captioner:
         self.predictor.warm_up()
         # one thread, always the same: torch keeps a pool of its own for each that calls it
         self.thread = ThreadPoolExecutor(1)
-        self._caption.set_max_batch_size(max_batch_size)
-        self._caption.set_batch_wait_timeout_s(batch_wait_timeout_s)
+        batches: Any = self._caption  # serve.batch gives it these
+        batches.set_max_batch_size(max_batch_size)
+        batches.set_batch_wait_timeout_s(batch_wait_timeout_s)
         logger.info(f"Captioning with {uri} on {device}")
 
     async def __call__(self, image: Images) -> tuple[Caption, int]:
@@ -187,7 +185,7 @@ class Ingress:
     """Everything about HTTP; pictures are decoded here, so that devices only caption."""
 
     def __init__(
-        self, captioner: DeploymentHandle, encoder: EncoderConfig, max_body_bytes: int
+        self, captioner: DeploymentHandle[Any], encoder: EncoderConfig, max_body_bytes: int
     ) -> None:
         self.captioner = captioner
         self.encoder = encoder
@@ -202,7 +200,7 @@ class Ingress:
         try:
             return bool(await asyncio.wait_for(answer, READY_TIMEOUT))
         except (asyncio.TimeoutError, *UNAVAILABLE):
-            answer.cancel()
+            answer.cancel()  # type: ignore[no-untyped-call]
             return False
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -226,20 +224,19 @@ class Refusal(Exception):
 class CaptionRequest(BaseModel):
     """A picture in JSON, as huggingface_hub sends it when there are parameters."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    inputs: str = Field(description="The picture's bytes in base64.")
-    parameters: dict[str, Any] | None = Field(
-        default=None,
-        description="None is supported: captions are searched for as the checkpoint says.",
-        json_schema_extra={"maxProperties": 0},
-    )
+    inputs: str
+    """The picture's bytes in base64."""
+
+    parameters: dict[str, Any] | None = Field(default=None, json_schema_extra={"maxProperties": 0})
+    """None is supported: captions are searched for as the checkpoint says."""
 
     @field_validator("parameters")
     @classmethod
     def _supported(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
         if parameters:
-            raise PydanticCustomError("unsupported", "no such parameter is supported; leave it out")
+            raise PydanticCustomError("unsupported", "no parameter is supported; leave it out")
         return parameters
 
 
@@ -278,7 +275,7 @@ def build_http(
     async def readyz() -> dict[str, str]:
         """Whether pictures can be captioned."""
         if not await ready():
-            raise Refusal(503, "overloaded", "no captioner answers yet")
+            raise Refusal(503, "unavailable", "no captioner answers yet")
         return {"status": "ready"}
 
     body = {
@@ -304,7 +301,7 @@ def build_http(
             found, batch_size = await caption(image)
         except UNAVAILABLE as error:
             logger.warning(f"No captioner for request {_request_id(request.scope)}: {error}")
-            raise Refusal(503, "overloaded", "no captioner is free; try again") from error
+            raise Refusal(503, "unavailable", "no captioner is free; try again") from error
         response.headers["X-Batch-Size"] = str(batch_size)
         return [{"generated_text": found.text}]
 
@@ -342,7 +339,7 @@ def _read_json(data: bytes) -> bytes:
     try:
         inputs = CaptionRequest.model_validate_json(data).inputs
     except ValidationError as error:
-        raise Refusal(400, "validation", _problem(error)) from error
+        raise Refusal(400, "validation", _problem(error, CaptionRequest.model_fields)) from error
     try:
         picture = base64.b64decode("".join(inputs.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -352,13 +349,14 @@ def _read_json(data: bytes) -> bytes:
     return picture
 
 
-def _problem(error: ValidationError) -> str:
-    """The first problem of several, naming the field, its value and what is wrong with it."""
+def _problem(error: ValidationError, valid: Iterable[str]) -> str:
+    """The first of the problems: the field, its value, what is wrong and the valid fields."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"]) or "the body"
     value = repr(problem["input"])
     shown = value if len(value) <= 100 else f"{value[:100]}..."
-    return f"{field} is {shown}: {problem['msg']}"
+    hint = f"; valid: {', '.join(valid)}" if problem["type"] == "extra_forbidden" else ""
+    return f"{field} is {shown}: {problem['msg']}{hint}"
 
 
 def _request_id(scope: Scope) -> str:

@@ -253,6 +253,12 @@ def _load_weights(captioner: Captioner, weights: dict[str, Tensor]) -> None:
             f"weights of another model: {sorted(missing)[:3]} missing, "
             f"{sorted(unknown)[:3]} unknown"
         )
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"weights of another model: {name} is {tuple(tensor.shape)}, "
+                f"not {tuple(own[name].shape)}"
+            )
     captioner.load_state_dict(weights, strict=False)
 
 

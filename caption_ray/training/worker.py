@@ -36,6 +36,7 @@ from caption_ray.training.console import Console
 
 HISTORY_FILE, FAILURE_FILE = "history.json", "failure.txt"
 
+_NO_PICTURES = np.empty(0, np.int64)
 PERMANENT = (ValueError, TooManyBadImages, loop.NonFiniteLoss)
 """Errors that starting the workers again would not mend."""
 
@@ -71,8 +72,8 @@ def _train(worker: _Worker) -> None:
     config = worker.config.train
     for epoch in range(worker.epoch, config.epochs):
         worker.begin_epoch(epoch)
-        for example in worker.training_examples():
-            worker.step(example)
+        for example, numbers in worker.training_examples():
+            worker.step(example, numbers)
             if (worker.step_in_epoch - 1) % config.log_every == 0:
                 worker.log()
             if config.checkpoint_every and worker.total_steps % config.checkpoint_every == 0:
@@ -228,22 +229,21 @@ class _Worker:
             keep_order=train.deterministic or not training,
         )
 
-    def training_examples(self) -> Iterator[loop.Example]:
-        """Equally many on every rank; the ledger notes what they hold. Times the wait for data."""
+    def training_examples(self) -> Iterator[tuple[loop.Example, NDArray[np.int64]]]:
+        """Equally many on every rank, each with the numbers of its pictures; times the wait."""
         stream = self._batches("train", self.epoch)
         size = self.config.model.encoder.image_size
         for _ in range(self.steps_this_epoch - self.step_in_epoch):
             asked = time.perf_counter()
             batch = next(stream, None)
             if batch is None:
-                example = loop.to_example(None, None, size, self.device)
+                example, numbers = loop.to_example(None, None, size, self.device), _NO_PICTURES
             else:
                 self._note_errors(batch.errors)
                 example = loop.to_example(batch.images, batch.tokens, size, self.device)
+                numbers = batch.numbers
             self.waited += time.perf_counter() - asked
-            yield example
-            if batch is not None:  # only now: a checkpoint counts the steps that were taken
-                self.ledger[batch.numbers] = True
+            yield example, numbers
         assert next(stream, None) is None
 
     def _note_errors(self, errors: list[str]) -> None:
@@ -259,8 +259,8 @@ class _Worker:
 
     # Steps ------------------------------------------------------------------------------------
 
-    def step(self, example: loop.Example) -> None:
-        """One optimizer step."""
+    def step(self, example: loop.Example, numbers: NDArray[np.int64]) -> None:
+        """One optimizer step, noted in the ledger."""
         train = self.config.train
         total = self.steps_per_epoch * train.epochs
         factor = loop.learning_rate_factor(self.total_steps, train, total)
@@ -270,6 +270,7 @@ class _Worker:
         self.window_sums.add(sums)
         self.window.append(sums.nll + norm)
         self.norms.append(norm)
+        self.ledger[numbers] = True
         self.total_steps += 1
         self.step_in_epoch += 1
         if self.is_chief:

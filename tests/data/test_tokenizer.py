@@ -39,7 +39,8 @@ EXPECTED = {
     "Wow!! What?! Ok!": "wow !! what ?! ok",
     "A man.A dog": "a man.a dog",
     "U.S. flag at 5 p.m. in D.C.": "u.s. flag at 5 p.m. in d.c.",
-    "Mr. Smith vs. Dr. Jones on St. Paul Ave. etc.": "mr. smith vs. dr. jones on st. paul ave. etc.",
+    "Mr. Smith vs. Dr. Jones on St. Paul Ave. etc.":
+        "mr. smith vs. dr. jones on st. paul ave. etc.",
     "The train no. 7 says no.": "the train no. 7 says no",
     "a dog., a cat": "a dog. a cat",
     "plan b. A dog": "plan b a dog",

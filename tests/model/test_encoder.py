@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,17 @@ def test_frozen_part_keeps_no_graph() -> None:
     weights = sum(p.numel() for p in models.resnet18().layer4.parameters())
     assert saved("layer4") < 1.1 * weights
     assert saved("all") > 1.3 * weights
+
+
+def test_a_copy_is_frozen_alike() -> None:
+    encoder = build(RESNET, trainable_from="layer4")
+    copied = copy.deepcopy(encoder).train()
+    encoder.train()
+    for module, twin in zip(encoder.modules(), copied.modules(), strict=True):
+        if not list(module.children()):
+            assert twin.training == module.training
+    trainable = [[p.requires_grad for p in e.parameters()] for e in (encoder, copied)]
+    assert trainable[0] == trainable[1]
 
 
 def test_training_leaves_frozen_weights_and_statistics_alone() -> None:

@@ -143,7 +143,7 @@ def test_images_of_a_batch_do_not_see_each_other(beams: int) -> None:
         assert_same(alone, of_batch)
 
 
-def test_more_beams_never_end_worse_than_exhaustive_and_grow_towards_it() -> None:
+def test_few_beams_find_no_more_than_there_is() -> None:
     model = toy(seed=3)
     options: dict[str, Any] = {"max_length": 4, "length_penalty": 0.0, "num_return": 1}
     for image in range(3):

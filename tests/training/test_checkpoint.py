@@ -1,0 +1,150 @@
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from caption_ray import config, storage
+from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.model.captioner import build_captioner
+from caption_ray.training import checkpoint
+from caption_ray.training.checkpoint import CheckpointError, State
+
+VOCABULARY = Vocabulary(["a", "red", "circle"])
+
+
+def _config(**decoder):
+    preset = config.shapes()
+    small = {"embedding_dim": 8, "hidden_dim": 16, "attention_dim": 8}
+    return dataclasses.replace(
+        preset.model,
+        encoder=dataclasses.replace(preset.model.encoder, image_size=32),
+        decoder=dataclasses.replace(preset.model.decoder, **{**small, **decoder}),
+    )
+
+
+def _commit(tmp_path, run, step, *, keep=2, is_best=False, model=None):
+    model = model or _config()
+    torch.manual_seed(step)
+    captioner = build_captioner(model, len(VOCABULARY), None, pretrained=True)
+    state = State(step, 1, 0, {"val/loss": 1.5}, "abc", 1.5)
+    folder = tmp_path / f"local-{step}"
+    optimizer = torch.optim.AdamW(captioner.parameters())
+    checkpoint.save(
+        folder,
+        captioner,
+        VOCABULARY,
+        model,
+        config.SearchConfig(),
+        state,
+        optimizer.state_dict(),
+        np.array([True, False, True]),
+    )
+    return captioner, checkpoint.commit(folder, str(run), state, keep=keep, is_best=is_best)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loaded_captioner_is_the_saved_one(tmp_path, tied):
+    model = _config(tie_embeddings=tied)
+    captioner, uri = _commit(tmp_path, tmp_path / "run", 7, model=model)
+    loaded = checkpoint.load(uri)
+    assert loaded.model == model and loaded.state.step == 7 and not loaded.captioner.training
+    assert loaded.vocabulary.words == VOCABULARY.words
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.tensor([[[1, 4, 5, 6, 2]]] * 2)
+    expected = captioner.eval()(images, tokens).logits
+    assert torch.equal(loaded.captioner(images, tokens).logits, expected)
+
+
+def test_serving_files_need_no_pickle(tmp_path, monkeypatch):
+    _, uri = _commit(tmp_path, tmp_path / "run", 1)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled something"))
+    (tmp_path / "run" / checkpoint.folder_name(1) / checkpoint.OPTIMIZER).unlink()
+    checkpoint.load(uri)
+
+
+def test_resuming_brings_back_state_optimizer_and_ledger(tmp_path):
+    captioner, uri = _commit(tmp_path, tmp_path / "run", 3)
+    other = build_captioner(_config(), len(VOCABULARY), None, pretrained=True)
+    state, optimizer, ledger = checkpoint.load_for_resume(uri, other, torch.device("cpu"))
+    assert (state.step, state.tracker_id, ledger.tolist()) == (3, "abc", [True, False, True])
+    assert "param_groups" in optimizer
+    for name, weight in captioner.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight)
+
+
+def test_pointers_name_the_newest_and_the_best(tmp_path):
+    run = tmp_path / "runs" / "a"
+    for step in (1, 2, 3):
+        _commit(tmp_path, run, step, is_best=step == 2)
+    assert checkpoint.find(str(run)).endswith("checkpoint-00000003")
+    assert checkpoint.find(str(run), "best").endswith("checkpoint-00000002")
+    time.sleep(0.01)
+    _commit(tmp_path, tmp_path / "runs" / "b", 1)
+    assert checkpoint.find(str(tmp_path / "runs")).endswith("b/checkpoint-00000001")
+    uri = checkpoint.find(str(run), "best")
+    assert checkpoint.find(uri) == uri
+
+
+def test_the_newest_and_the_best_are_kept_and_the_rest_removed(tmp_path):
+    run = tmp_path / "run"
+    for step in range(1, 7):
+        _commit(tmp_path, run, step, keep=2, is_best=step == 2)
+    assert storage.list_folders(str(run)) == [checkpoint.folder_name(n) for n in (2, 5, 6)]
+
+
+def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    _, good = _commit(tmp_path, run, 1)
+    real = storage.write_bytes
+
+    def fail(uri, data):
+        if uri.endswith(checkpoint.MANIFEST):
+            raise storage.StorageError("cut off")
+        real(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    with pytest.raises(storage.StorageError):
+        _commit(tmp_path, run, 2)
+    monkeypatch.undo()
+    assert checkpoint.find(str(run)) == good
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        checkpoint.load(str(run / checkpoint.folder_name(2)))
+    checkpoint.load(good)
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.VOCABULARY, checkpoint.STATE])
+def test_a_damaged_file_is_named(tmp_path, name):
+    _, uri = _commit(tmp_path, tmp_path / "run", 1)
+    path = tmp_path / "run" / checkpoint.folder_name(1) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=rf"{name}: .*not what the manifest names"):
+        checkpoint.load(uri)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"not a whole checkpoint.*{name}"):
+        checkpoint.load(uri)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    _, uri = _commit(tmp_path, tmp_path / "run", 1)
+    folder = tmp_path / "run" / checkpoint.folder_name(1)
+    values = json.loads((folder / checkpoint.CONFIG).read_text())
+    values["model"]["decoder"]["hidden_dim"] = 32
+    changed = json.dumps(values).encode()
+    (folder / checkpoint.CONFIG).write_bytes(changed)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest[checkpoint.CONFIG] = {"bytes": len(changed), "digest": storage.digest(changed)}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(
+        CheckpointError, match=r"cannot be rebuilt: weights of another model: \S+ is \(.*\), not"
+    ):
+        checkpoint.load(uri)
+
+
+def test_nothing_to_find_says_how_to_get_one(tmp_path):
+    with pytest.raises(CheckpointError, match=r"neither a checkpoint .*python jobs/train\.py"):
+        checkpoint.find(str(tmp_path))

@@ -1,0 +1,165 @@
+"""Whole runs on a local Ray: small, but real."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from caption_ray import config, storage
+from caption_ray.training import checkpoint, trainer
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def _config(shards, runs, name, **train):
+    preset = config.shapes()
+    defaults = {
+        "epochs": 3,
+        "batch_size": 5,
+        "learning_rate": 1e-3,
+        "encoder_learning_rate": 1e-3,
+        "warmup_steps": 4,
+        "log_every": 3,
+        "cpus_per_worker": 0.5,
+        "deterministic": True,
+        "sample_captions": 2,
+    }
+    return dataclasses.replace(
+        preset,
+        data=dataclasses.replace(preset.data, shards=shards, captions_per_image=2),
+        model=dataclasses.replace(
+            preset.model,
+            encoder=dataclasses.replace(preset.model.encoder, image_size=32),
+            decoder=dataclasses.replace(
+                preset.model.decoder, embedding_dim=8, hidden_dim=16, attention_dim=8
+            ),
+        ),
+        train=dataclasses.replace(preset.train, **{**defaults, **train}),
+        run=config.RunConfig(storage=str(runs), name=name, tracker="none"),
+    )
+
+
+def _weights(uri):
+    return load_file(os.path.join(uri, checkpoint.MODEL))
+
+
+def _latest(finished):
+    return checkpoint.find(finished.run, "latest")
+
+
+def _kill_a_worker_once(when):
+    """Send SIGKILL to a training worker of this process's Ray as soon as `when()` holds."""
+
+    def watch():
+        while not when():
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::RayTrain") or any(
+                "RayTrainWorker" in part for part in process.cmdline()
+            ):
+                killed.append(process.pid)
+                os.kill(process.pid, signal.SIGKILL)
+                return
+
+    killed: list[int] = []
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return killed, thread
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    return trainer.train(_config(shards, runs, "undisturbed"))
+
+
+def test_a_run_leaves_checkpoints_pointers_history_and_configuration(undisturbed):
+    run = undisturbed.run
+    assert storage.list_folders(run)[-2:] == [checkpoint.folder_name(n) for n in (16, 24)]
+    assert json.loads(storage.read_text(storage.join(run, "latest.json")))["step"] == 24
+    loaded = checkpoint.load(undisturbed.checkpoint)
+    assert loaded.state.metrics["val/loss"] == loaded.state.best_loss
+    assert json.loads(storage.read_text(storage.join(run, "config.json")))["train"]["epochs"] == 3
+    steps = [point["step"] for point in undisturbed.history]
+    assert steps == sorted(steps) and steps[-1] == 24
+    for metric in ("loss", "loss_padded", "learning_rate", "grad_norm", "images_per_second",
+                   "data_wait_share"):  # fmt: skip
+        assert any(f"train/{metric}" in point for point in undisturbed.history)
+    losses = [point["val/loss"] for point in undisturbed.history if "val/loss" in point]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def test_the_same_seed_gives_the_same_weights(undisturbed, shards, tmp_path):
+    again = trainer.train(_config(shards, tmp_path, "again"))
+    first, second = _weights(_latest(undisturbed)), _weights(_latest(again))
+    for name, weight in first.items():
+        assert np.array_equal(weight, second[name]), name
+
+
+def test_a_run_whose_worker_was_killed_ends_as_if_nothing_had_happened(
+    undisturbed, shards, tmp_path
+):
+    pointer = tmp_path / "killed" / "latest.json"
+
+    def in_mid_epoch():
+        # the first checkpoint inside the second epoch
+        return pointer.exists() and json.loads(pointer.read_text())["step"] >= 12
+
+    killed, watcher = _kill_a_worker_once(in_mid_epoch)
+    finished = trainer.train(_config(shards, tmp_path, "killed", checkpoint_every=3))
+    watcher.join(timeout=10)
+    assert len(killed) == 1
+    expected, weights = _weights(_latest(undisturbed)), _weights(_latest(finished))
+    for name, weight in expected.items():
+        assert np.array_equal(weight, weights[name]), name
+    steps = [point["step"] for point in finished.history if "val/loss" in point]
+    assert steps == [8, 16, 24]
+
+
+def test_a_run_started_again_under_its_name_goes_on(undisturbed, shards, tmp_path):
+    first = trainer.train(_config(shards, tmp_path, "twice", epochs=1))
+    assert checkpoint.load(_latest(first)).state.step == 8
+    second = trainer.train(_config(shards, tmp_path, "twice", epochs=2))
+    assert checkpoint.load(_latest(second)).state.step == 16
+    steps = [point["step"] for point in second.history if "val/loss" in point]
+    assert steps == [8, 16]
+
+
+def test_a_run_is_not_resumed_with_another_model(undisturbed, shards):
+    runs, name = undisturbed.run.rsplit("/", 1)
+    changed = _config(shards, runs, name)
+    decoder = dataclasses.replace(changed.model.decoder, hidden_dim=24)
+    changed = dataclasses.replace(
+        changed, model=dataclasses.replace(changed.model, decoder=decoder)
+    )
+    with pytest.raises(ValueError, match=r"differs in model; give another --run\.name"):
+        trainer.train(changed)
+
+
+def test_two_workers_learn_like_one_with_twice_the_batch(shards, tmp_path):
+    # no dropout: its draws differ between one worker and two
+    losses = []
+    for name, workers, batch in (("one", 1, 10), ("two", 2, 5)):
+        settings = _config(shards, tmp_path, name, num_workers=workers, batch_size=batch, epochs=2)
+        decoder = dataclasses.replace(settings.model.decoder, dropout=0.0)
+        settings = dataclasses.replace(
+            settings, model=dataclasses.replace(settings.model, decoder=decoder)
+        )
+        finished = trainer.train(settings)
+        losses.append([p["val/loss"] for p in finished.history if "val/loss" in p])
+    # the two see the same pictures in an epoch, but not in the same steps
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
+
+
+def test_a_diverging_run_stops_and_says_where(shards, tmp_path):
+    broken = _config(shards, tmp_path, "broken", learning_rate=1e30, encoder_learning_rate=1e30)
+    with pytest.raises(trainer.RunError, match=r"not finite at step \d+ \(epoch 1\)"):
+        trainer.train(broken)
+    assert not storage.exists(storage.join(str(tmp_path), "broken", "latest.json"))
