@@ -182,13 +182,15 @@ def _is_clear(figures: Sequence[Figure]) -> bool:
 
 
 def _background(rng: np.random.Generator) -> Background:
+    level = int(rng.integers(185, 236))
+
     def tone() -> tuple[int, int, int]:
-        level = rng.integers(175, 241)
-        red, green, blue = (int(level + rng.integers(-14, 15)) for _ in range(3))
+        near = level + int(rng.integers(-10, 11))
+        red, green, blue = (near + int(rng.integers(-10, 11)) for _ in range(3))
         return red, green, blue
 
     return Background(
-        pattern=str(rng.choice(["plain", "gradient", "stripes", "noise"])),
+        pattern=("plain", "gradient", "stripes", "noise")[int(rng.integers(4))],
         tones=(tone(), tone()),
         angle=float(rng.uniform(0, 2 * math.pi)),
         period=float(rng.uniform(10, 30)),

@@ -76,12 +76,14 @@ class _WandB:
     def log_captions(
         self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
     ) -> None:
-        rows = [
-            [self.image(np.moveaxis(image, 0, -1)), caption, reference]
-            for image, caption, reference in zip(images, captions, references, strict=True)
+        pictures = [
+            self.image(np.moveaxis(image, 0, -1), caption=caption)
+            for image, caption in zip(images, captions, strict=True)
         ]
+        rows = [list(row) for row in zip(pictures, captions, references, strict=True)]
         table = self.table(columns=["picture", "caption", "reference"], data=rows)
-        self.run.log({"captions": table, "step": step})
+        # also as plain pictures: offline, a table's are staged outside the run's own folder
+        self.run.log({"captions": table, "samples": pictures, "step": step})
 
     def finish(self) -> None:
         self.run.finish()
