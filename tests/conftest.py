@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,45 @@ def shards(scenes: Path, local_ray: None, tmp_path_factory: pytest.TempPathFacto
         progress=False,
     )
     return out
+
+
+class _Ranges(SimpleHTTPRequestHandler):
+    """Serves ranges, which the standard library's handler does not, and fails on demand."""
+
+    failures = 0
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        if type(self).failures:
+            type(self).failures -= 1
+            self.send_error(503)
+            return
+        span = self.headers.get("Range")
+        path = self.translate_path(self.path)
+        if span is None or not os.path.isfile(path):
+            return super().do_GET()
+        first, last = (int(n) for n in span.removeprefix("bytes=").split("-"))
+        with open(path, "rb") as file:
+            file.seek(first)
+            data = file.read(last - first + 1)
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A web server of `tmp_path` that serves ranges, and fails `web.handler.failures` times."""
+    handler = type("Handler", (_Ranges,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    server.handler = handler
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

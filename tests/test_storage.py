@@ -1,7 +1,6 @@
 import os
 import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -103,49 +102,9 @@ def test_an_unknown_scheme_names_the_ones_that_work():
         storage.read_bytes("ftp2://x/y")
 
 
-class _Ranges(SimpleHTTPRequestHandler):
-    """Serves ranges, which the standard library's handler does not, and fails on demand."""
-
-    failures = 0
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        if type(self).failures:
-            type(self).failures -= 1
-            self.send_error(503)
-            return
-        span = self.headers.get("Range")
-        path = self.translate_path(self.path)
-        if span is None or not os.path.isfile(path):
-            return super().do_GET()
-        first, last = (int(n) for n in span.removeprefix("bytes=").split("-"))
-        with open(path, "rb") as file:
-            file.seek(first)
-            data = file.read(last - first + 1)
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-@pytest.fixture
-def web(tmp_path):
-    handler = type("Handler", (_Ranges,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    server.handler = handler
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 def test_web_servers_are_read_by_range(web, tmp_path):
     (tmp_path / "file").write_bytes(bytes(range(256)) * 10_000)
-    uri = f"http://127.0.0.1:{web.server_port}/file"
+    uri = f"{web.address}/file"
     assert storage.size(uri) == 2_560_000
     assert storage.read_range(uri, 256_001, 3) == bytes([1, 2, 3])
     with storage.open_seekable(uri) as file:
@@ -160,7 +119,7 @@ def test_web_servers_are_read_by_range(web, tmp_path):
 def test_passing_server_errors_are_retried_and_lasting_ones_reported(web, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
     (tmp_path / "file").write_bytes(b"data")
-    uri = f"http://127.0.0.1:{web.server_port}/file"
+    uri = f"{web.address}/file"
     web.handler.failures = 3
     assert storage.read_bytes(uri) == b"data"
     web.handler.failures = 1000

@@ -111,7 +111,8 @@ def open_shards(uri: str) -> DataSet:
 
 def open_source(uri: str, *, seed: int) -> DataSet:
     """The pictures of a COCO layout as they lie, without ingest, in a shuffled order."""
-    splits, counts = {}, {}
+    splits: dict[str, list[ShardFile] | list[RawImages]] = {}
+    counts: dict[str, int] = {}
     for split, content in find_splits(uri).items():
         order = np.random.default_rng(seed).permutation(len(content.records))
         records = [content.records[i] for i in order]

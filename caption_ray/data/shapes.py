@@ -10,8 +10,8 @@ grammar, every statement of which `judge` can check against the boxes:
 
 A link relates the figures on both its sides; figures are named from left to right. Of the
 background, which the boxes cannot confirm, nothing is said. Training scenes never show the
-(colour, shape) pairs in `HELD_OUT`; every validation scene shows one or more, so that validation
-asks for combinations and not for memory.
+kinds in `HELD_OUT` (a large red star, say, but small red stars and large blue ones); every
+validation scene shows one or more, so that validation asks for combinations and not for memory.
 """
 
 from __future__ import annotations
@@ -46,13 +46,18 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 HELD_OUT = (
-    ("red", "star"),
-    ("yellow", "circle"),
-    ("green", "ring"),
-    ("blue", "triangle"),
-    ("purple", "cross"),
+    ("large", "red", "star"),
+    ("small", "red", "triangle"),
+    ("small", "orange", "square"),
+    ("large", "yellow", "circle"),
+    ("large", "green", "square"),
+    ("small", "green", "ring"),
+    ("small", "blue", "circle"),
+    ("large", "blue", "triangle"),
+    ("small", "purple", "cross"),
+    ("large", "black", "ring"),
 )
-"""(colour, shape) pairs that only validation shows."""
+"""Kinds (size, colour, shape) that only validation shows."""
 
 COUNT_SHARES = (0.2, 0.4, 0.4)
 """Shares of scenes with one, two and three figures."""
@@ -140,29 +145,29 @@ def scene(split: str, image_id: int, seed: int) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([seed, SPLITS.index(split), image_id])
-    pairs = _pairs(split, rng)
+    kinds = _kinds(split, rng)
     while True:
-        figures = sorted((_figure(*pair, rng) for pair in pairs), key=lambda figure: figure.x)
+        figures = sorted((_figure(*kind, rng) for kind in kinds), key=lambda figure: figure.x)
         if _is_clear(figures):
             return Scene(image_id, _background(rng), tuple(figures))
 
 
-def _pairs(split: str, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Different (colour, shape) pairs, one for each figure."""
+def _kinds(split: str, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """(size, colour, shape) of each figure; no two of the same colour and shape."""
+    kinds = []
+    if split == "val":
+        kinds.append(HELD_OUT[int(rng.integers(len(HELD_OUT)))])
     count = int(rng.choice((1, 2, 3), p=COUNT_SHARES))
-    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    chosen = []
-    if split == "train":
-        pairs = [pair for pair in pairs if pair not in HELD_OUT]
-    else:
-        chosen = [HELD_OUT[int(rng.integers(len(HELD_OUT)))]]
-        pairs.remove(chosen[0])
-    others = rng.choice(len(pairs), count - len(chosen), replace=False)
-    return chosen + [pairs[i] for i in others]
+    while len(kinds) < count:
+        choices = tuple(RADII), tuple(COLOURS), SHAPES
+        size, colour, shape = (names[int(rng.integers(len(names)))] for names in choices)
+        known = any((colour, shape) == kind[1:] for kind in kinds)
+        if not known and not (split == "train" and (size, colour, shape) in HELD_OUT):
+            kinds.append((size, colour, shape))
+    return kinds
 
 
-def _figure(colour: str, shape: str, rng: np.random.Generator) -> Figure:
-    size = list(RADII)[int(rng.integers(len(RADII)))]
+def _figure(size: str, colour: str, shape: str, rng: np.random.Generator) -> Figure:
     radius = float(rng.uniform(*RADII[size]))
     x, y = (float(at) for at in rng.uniform(radius + 1, SIZE - radius - 1, 2))
     red, green, blue = (

@@ -210,23 +210,24 @@ def _locate_in_zip(uri: str, folder: str, names: list[str]) -> list[Location | N
     locations: list[Location | None] = []
     for name in names:
         entry = entries.get(f"{folder}/{name}") or entries.get(name)
-        locations.append(
-            entry
-            and Location(
-                uri,
-                entry.header_offset,
-                entry.compress_size,
-                entry.compress_type,
-                entry.CRC,
-                entry.file_size,
-                len(entry.orig_filename.encode("utf-8")),
-            )
-        )
+        locations.append(None if entry is None else _entry_location(uri, entry))
     if not any(locations):
         raise ValueError(
             f"{uri}: holds none of the pictures; {folder}/{names[0]} is one looked for"
         )
     return locations
+
+
+def _entry_location(uri: str, entry: zipfile.ZipInfo) -> Location:
+    return Location(
+        uri,
+        entry.header_offset,
+        entry.compress_size,
+        entry.compress_type,
+        entry.CRC,
+        entry.file_size,
+        len(entry.orig_filename.encode("utf-8")),
+    )
 
 
 def _karpathy_splits(found: dict[str, Split], karpathy: str) -> dict[str, Split]:

@@ -200,7 +200,7 @@ class Ingress:
         try:
             return bool(await asyncio.wait_for(answer, READY_TIMEOUT))
         except (asyncio.TimeoutError, *UNAVAILABLE):
-            answer.cancel()  # type: ignore[no-untyped-call]
+            answer.cancel()
             return False
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -27,7 +27,6 @@ class Progress:
     steps: int
 
 
-@ray.remote(num_cpus=0)
 class _Mailbox:
     def __init__(self) -> None:
         self.items: list[str | Progress] = []
@@ -62,7 +61,7 @@ class Console:
 @contextlib.contextmanager
 def shown() -> Iterator[Console]:
     """A console whose lines and bar appear on this process's terminal while the context lasts."""
-    mailbox = _Mailbox.remote()
+    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
     done = threading.Event()
     shower = threading.Thread(target=_show, args=(mailbox, done), daemon=True)
     shower.start()

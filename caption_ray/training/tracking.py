@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +64,7 @@ class _WandB:
             mode=mode,
             settings=settings,
         )
-        self.id = self.run.id
+        self.id: str | None = self.run.id
         self.table = wandb.Table
         self.image = wandb.Image
         # everything is drawn over the optimizer step, also after a restart from an earlier one
@@ -126,6 +127,9 @@ def start(config: Config, folder: Path, resume_id: str | None) -> Tracker:
     resume_id: the tracker id of the run to continue, None for a new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = {"wandb": _WandB, "tensorboard": _TensorBoard}
+    kinds: dict[str, Callable[[Config, Path, str | None], Tracker]] = {
+        "wandb": _WandB,
+        "tensorboard": _TensorBoard,
+    }
     kind = kinds.get(config.run.tracker)
     return kind(config, folder, resume_id) if kind else _Nothing()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,18 +180,20 @@ def test_a_diagonal_relation_holds_only_along_its_longer_side() -> None:
     assert not shapes.judge("a small blue star below a small red circle", things).true
 
 
-def test_held_out_pairs_are_in_every_validation_scene_and_no_training_scene() -> None:
-    seen = set()
-    for scene in scenes("train", 600):
-        seen |= {(figure.colour, figure.shape) for figure in scene.figures}
-    every = {(colour, shape) for colour in shapes.COLOURS for shape in shapes.SHAPES}
+def test_held_out_kinds_are_in_every_validation_scene_and_no_training_scene() -> None:
+    def kinds(scene: shapes.Scene) -> set[tuple[str, str, str]]:
+        return {(figure.size, figure.colour, figure.shape) for figure in scene.figures}
+
+    seen = set().union(*(kinds(scene) for scene in scenes("train", 1000)))
+    every = set(itertools.product(shapes.RADII, shapes.COLOURS, shapes.SHAPES))
     assert seen == every - set(shapes.HELD_OUT)
-    found = set()
-    for scene in scenes("val", 300):
-        novel = {(figure.colour, figure.shape) for figure in scene.figures} & set(shapes.HELD_OUT)
-        assert novel
-        found |= novel
-    assert found == set(shapes.HELD_OUT)
+    # their parts are known two by two, so that they can be put together
+    for size, colour, shape in shapes.HELD_OUT:
+        assert any(kind[1:] == (colour, shape) for kind in seen)
+        assert any(kind[:2] == (size, colour) for kind in seen)
+        assert any(kind[::2] == (size, shape) for kind in seen)
+    novel = [kinds(scene) & set(shapes.HELD_OUT) for scene in scenes("val", 300)]
+    assert all(novel) and set().union(*novel) == set(shapes.HELD_OUT)
 
 
 def test_boxes_bound_what_is_drawn() -> None:

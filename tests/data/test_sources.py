@@ -56,6 +56,22 @@ def test_real_coco_zips(coco_mini):
         assert read_picture(record.location)[:2] == b"\xff\xd8"
 
 
+def test_a_web_server_with_cocos_addresses(scenes, web, tmp_path):
+    expected = find_splits(str(scenes))
+    for folder in ("zips", "annotations"):
+        (tmp_path / folder).mkdir()
+    with zipfile.ZipFile(tmp_path / "annotations/annotations_trainval2017.zip", "w") as archive:
+        for file in (scenes / "annotations").iterdir():
+            archive.write(file, f"annotations/{file.stem}2017.json")
+    for split in ("train", "val"):
+        with zipfile.ZipFile(tmp_path / f"zips/{split}2017.zip", "w") as archive:
+            for file in sorted((scenes / split).iterdir()):
+                archive.write(file, f"{split}2017/{file.name}")
+    found = find_splits(web.address)
+    for split in ("train", "val"):
+        assert _pictures(found[split]) == _pictures(expected[split])
+
+
 def test_a_missing_picture_is_missing_when_read(layout):
     next((layout / "train").iterdir()).unlink()
     records = find_splits(str(layout))["train"].records

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -163,3 +164,27 @@ def test_a_diverging_run_stops_and_says_where(shards, tmp_path):
     with pytest.raises(trainer.RunError, match=r"not finite at step \d+ \(epoch 1\)"):
         trainer.train(broken)
     assert not storage.exists(storage.join(str(tmp_path), "broken", "latest.json"))
+
+
+def _raw(shards, source, runs, name, **data):
+    settings = _config(shards, runs, name, epochs=1)
+    changed = dataclasses.replace(settings.data, shards=None, source=str(source), **data)
+    return dataclasses.replace(settings, data=changed)
+
+
+def test_raw_pictures_train_without_ingest_and_a_few_bad_ones_are_skipped(scenes, shards, tmp_path):
+    source = shutil.copytree(scenes, tmp_path / "source")
+    sorted((source / "train").iterdir())[0].write_bytes(b"broken")
+    finished = trainer.train(_raw(shards, source, tmp_path, "raw", max_bad_images=0.05))
+    assert checkpoint.load(_latest(finished)).state.step == 8
+    assert [p["train/bad_images"] for p in finished.history if "train/bad_images" in p] == [1]
+
+
+def test_too_many_bad_pictures_stop_the_run_and_are_named(scenes, shards, tmp_path):
+    source = shutil.copytree(scenes, tmp_path / "source")
+    broken = sorted((source / "train").iterdir())[:3]
+    for file in broken:
+        file.write_bytes(b"broken")
+    with pytest.raises(trainer.RunError, match="--data.max-bad-images 0.05") as error:
+        trainer.train(_raw(shards, source, tmp_path, "bad", max_bad_images=0.05))
+    assert all(file.name in str(error.value) for file in broken)
