@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 
 import ray
+import ray.data
+
+GPU_VARIABLE = "CAPTION_RAY_NUM_GPUS"
+"""Environment variable that says that GPUs can be had although none is up: clusters that start GPU
+nodes on demand show none until something asks for one."""
 
 NO_PROGRESS_TIMEOUT = 24 * 3600.0
 """Seconds; Ray Data otherwise ends a run whose consumer pauses for half an hour (a long
@@ -21,8 +27,6 @@ WORKER_ENVIRONMENT = {
 
 def connect() -> None:
     """Join the cluster that `ray job submit` or RAY_ADDRESS names, else start a local one."""
-    # a worker of a local cluster needs no dashboard message and no copy of every log line
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
     configure_data()
@@ -33,12 +37,16 @@ def configure_data() -> None:
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT
     context.enable_progress_bars = False  # the jobs show their own
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says they are off
+    # what they say of every dataset and report is of interest to Ray's developers
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
 def num_gpus() -> int:
-    """GPUs of the cluster as it stands."""
-    return int(ray.cluster_resources().get("GPU", 0))
+    """GPUs of the cluster as it stands, and at least as many as $CAPTION_RAY_NUM_GPUS promises."""
+    promised = math.ceil(float(os.environ.get(GPU_VARIABLE, 0)))
+    return max(promised, int(ray.cluster_resources().get("GPU", 0)))
 
 
 def num_cpus() -> float:

@@ -90,15 +90,16 @@ class EncoderConfig(_Strict):
 
     weights: str = "DEFAULT"
     """One of torchvision's names for the backbone's weights (`DEFAULT`, `IMAGENET1K_V1`, ...), the
-    URI of a state dict (.pth or .safetensors), or `none` for random ones."""
+    URI of a state dict (.pth or .safetensors), or `none` for random ones. A backbone without
+    weights that trains at all trains as a whole, batch-norm statistics included."""
 
     trainable_from: str = "none"
     """Fine-tune from this stage of the backbone on (`layer3`, `features.5`, ...); `none`: frozen,
     `all`: everything trains."""
 
     batch_norm: Literal["frozen", "train"] = "frozen"
-    """Batch-norm statistics of the trainable stages: those of the weights, or learnt here (for a
-    backbone without weights). Frozen stages always keep theirs."""
+    """Batch-norm statistics of the trainable stages: those of the weights, or learnt here. Frozen
+    stages always keep theirs."""
 
     image_size: int = 256
     """Height and width, in pixels, of what the backbone sees."""
@@ -106,7 +107,7 @@ class EncoderConfig(_Strict):
     image_fit: Literal["stretch", "crop"] = "stretch"
     """How a picture becomes square outside training: squeezed whole, or cut to its centre."""
 
-    grid: int | None = 14
+    grid: int | None = None
     """Pool the feature map to grid x grid regions; None: as many as the backbone gives."""
 
 
@@ -293,10 +294,16 @@ class Config(_Strict):
 def shapes() -> Config:
     """The embedded data set of drawn scenes: a small captioner from scratch, minutes on 2 cores."""
     return Config(
-        data=DataConfig(caption_length=40, min_word_count=1, min_crop=1.0, flip=False),
+        data=DataConfig(
+            captions_per_image=3, caption_length=40, min_word_count=1, min_crop=1.0, flip=False
+        ),
         model=ModelConfig(
             encoder=EncoderConfig(
-                name="small", weights="none", trainable_from="all", image_size=96, grid=None
+                name="small",
+                weights="none",
+                trainable_from="all",
+                batch_norm="train",
+                image_size=96,
             ),
             decoder=DecoderConfig(
                 embedding_dim=128, hidden_dim=256, attention_dim=128, dropout=0.1
@@ -304,7 +311,7 @@ def shapes() -> Config:
         ),
         search=SearchConfig(beam_size=1, max_length=38, length_penalty=0.0),
         train=TrainConfig(
-            epochs=12,
+            epochs=8,
             batch_size=32,
             learning_rate=2e-3,
             encoder_learning_rate=2e-3,
@@ -336,7 +343,7 @@ def seed() -> Config:
             flip=False,
         ),
         model=ModelConfig(
-            encoder=EncoderConfig(name="inception_v3", image_size=299, grid=8),
+            encoder=EncoderConfig(name="inception_v3", image_size=299),
             decoder=DecoderConfig(
                 cell="gru",
                 embedding_dim=256,

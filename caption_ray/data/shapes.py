@@ -16,6 +16,7 @@ validation scene shows one or more, so that validation asks for combinations and
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -145,15 +146,17 @@ def scene(split: str, image_id: int, seed: int) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: give one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([seed, SPLITS.index(split), image_id])
-    kinds = _kinds(split, rng)
-    while True:
-        figures = sorted((_figure(*kind, rng) for kind in kinds), key=lambda figure: figure.x)
-        if _is_clear(figures):
-            return Scene(image_id, _background(rng), tuple(figures))
+    figures = [_figure(*kind, rng) for kind in _kinds(split, rng)]
+    while not _is_clear(figures):
+        figures = sorted((_moved(figure, rng) for figure in figures), key=lambda figure: figure.x)
+    return Scene(image_id, _background(rng), tuple(figures))
 
 
 def _kinds(split: str, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """(size, colour, shape) of each figure; no two of the same colour and shape."""
+    """(size, colour, shape) of each figure; no two of the same colour and shape.
+
+    At most two are large: places for three are found only after thousands of attempts.
+    """
     kinds = []
     if split == "val":
         kinds.append(HELD_OUT[int(rng.integers(len(HELD_OUT)))])
@@ -162,18 +165,25 @@ def _kinds(split: str, rng: np.random.Generator) -> list[tuple[str, str, str]]:
         choices = tuple(RADII), tuple(COLOURS), SHAPES
         size, colour, shape = (names[int(rng.integers(len(names)))] for names in choices)
         known = any((colour, shape) == kind[1:] for kind in kinds)
-        if not known and not (split == "train" and (size, colour, shape) in HELD_OUT):
+        crowded = [size, *(kind[0] for kind in kinds)].count("large") > 2
+        held_out = split == "train" and (size, colour, shape) in HELD_OUT
+        if not (known or crowded or held_out):
             kinds.append((size, colour, shape))
     return kinds
 
 
 def _figure(size: str, colour: str, shape: str, rng: np.random.Generator) -> Figure:
     radius = float(rng.uniform(*RADII[size]))
-    x, y = (float(at) for at in rng.uniform(radius + 1, SIZE - radius - 1, 2))
     red, green, blue = (
         int(np.clip(level + rng.integers(-15, 16), 0, 255)) for level in COLOURS[colour]
     )
-    return Figure(size, colour, shape, x, y, radius, (red, green, blue))
+    return _moved(Figure(size, colour, shape, 0, 0, radius, (red, green, blue)), rng)
+
+
+def _moved(figure: Figure, rng: np.random.Generator) -> Figure:
+    """The figure at some other place in the picture."""
+    x, y = rng.uniform(figure.radius + 1, SIZE - figure.radius - 1, 2).tolist()
+    return dataclasses.replace(figure, x=x, y=y)
 
 
 def _is_clear(figures: Sequence[Figure]) -> bool:

@@ -44,7 +44,6 @@ from caption_ray.training import checkpoint
 from caption_ray.training.checkpoint import CheckpointError
 
 CHECKPOINT_VARIABLE = "CAPTION_RAY_CHECKPOINT"
-NUM_GPUS_VARIABLE = "CAPTION_RAY_NUM_GPUS"
 
 DECODE_THREADS = 4
 """Pictures that one ingress decodes at a time: the largest allowed takes 200 MB."""
@@ -76,7 +75,7 @@ class Arguments(BaseModel):
     folder where Ray was started, which is that of `serve run` if it starts Ray itself)."""
 
     num_gpus: float | None = Field(
-        default_factory=lambda: cast(float | None, os.environ.get(NUM_GPUS_VARIABLE)), ge=0
+        default_factory=lambda: cast(float | None, os.environ.get(cluster.GPU_VARIABLE)), ge=0
     )
     """GPUs of each captioner, a fraction to share one; null: 1 if the cluster has any, else 0
     (default: $CAPTION_RAY_NUM_GPUS, for clusters that start GPU nodes on demand, else null)."""

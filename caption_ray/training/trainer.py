@@ -113,7 +113,13 @@ def _settle(config: Config) -> Config:
         shards=config.data.shards and storage.resolve(config.data.shards),
         source=config.data.source and storage.resolve(config.data.source),
     )
-    return replace(config, run=run, data=data)
+    encoder = config.model.encoder
+    if encoder.weights == "none" and encoder.trainable_from != "none":
+        # random stages are not worth freezing, and deep networks explode with batch-norm statistics
+        # that were never taken
+        encoder = replace(encoder, trainable_from="all", batch_norm="train")
+    model = replace(config.model, encoder=encoder)
+    return replace(config, run=run, data=data, model=model)
 
 
 def _settle_run(config: Config, run: str, vocabulary: Vocabulary) -> bool:

@@ -16,7 +16,7 @@ from caption_ray.data.sources import find_splits, read_picture
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "--model.encoder.name small --model.encoder.weights none --model.encoder.trainable-from all "
-    "--model.encoder.image-size 64 --model.encoder.grid None --model.decoder.hidden-dim 32 "
+    "--model.encoder.image-size 64 --model.decoder.hidden-dim 32 "
     "--model.decoder.embedding-dim 32 --model.decoder.attention-dim 32 --train.warmup-steps 5 "
     "--data.min-word-count 2"
 ).split()
