@@ -251,7 +251,8 @@ class _S3:
         import boto3
         from botocore.config import Config
 
-        self.client = boto3.client(
+        # a session of its own: the default one remembers the first credentials it saw
+        self.client = boto3.session.Session().client(
             "s3",
             config=Config(
                 connect_timeout=CONNECT_TIMEOUT,

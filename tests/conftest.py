@@ -13,7 +13,8 @@ import pytest
 
 COCO_MINI_VARIABLE = "CAPTION_RAY_COCO_MINI"
 
-# Ray: no usage reports, no dashboard probing; and quiet deprecations of its own making
+# before torch is loaded: its threads must not spin while Ray's processes want the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -36,7 +37,7 @@ def local_ray() -> Iterator[None]:
 
     from caption_ray import cluster
 
-    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
     cluster.configure_data()
     yield
     ray.shutdown()

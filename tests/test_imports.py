@@ -16,6 +16,7 @@ RAY = {
     "data/pipeline.py",
     "training/trainer.py",
     "training/worker.py",
+    "training/console.py",
     "evaluation/evaluate.py",
     "serving/app.py",
 }

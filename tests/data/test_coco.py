@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -206,23 +205,6 @@ def test_objects_need_categories(tmp_path: Path) -> None:
             read_captions(
                 captions_file(tmp_path), instances_file(tmp_path, OBJECTS, categories=categories)
             )
-
-
-def test_the_time_grows_with_the_number_of_images_and_not_its_square(tmp_path: Path) -> None:
-    def seconds(count: int) -> float:
-        images = [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in range(count)]
-        texts = [{"id": i, "image_id": i // 5, "caption": "A dog."} for i in range(5 * count)]
-        boxes = [{**OBJECTS[0], "id": i, "image_id": i // 7} for i in range(7 * count)]
-        captions = captions_file(tmp_path, images, texts)
-        instances = instances_file(tmp_path, boxes)
-        start = time.process_time()
-        found = read_captions(captions, instances)
-        assert len(found.images) == count
-        assert all(len(image.objects) == 7 for image in found.images)
-        return time.process_time() - start
-
-    small = min(seconds(500) for _ in range(3))
-    assert seconds(8000) < 4 * 16 * small
 
 
 # Karpathy's splits

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caption_ray.data.vocabulary import Vocabulary
 
 from caption_ray import config, storage
 from caption_ray.data import transforms
 from caption_ray.data.pipeline import Preparation, batches, open_shards, open_source
 from caption_ray.data.plan import plan_epoch
+from caption_ray.data.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -18,7 +18,7 @@ def _preparation(dataset, augment=None, **changes):
     preset = config.shapes()
     return Preparation(
         dataclasses.replace(preset.model.encoder, image_size=48),
-        dataclasses.replace(preset.data, **changes),
+        dataclasses.replace(preset.data, **{"captions_per_image": 5, **changes}),
         Vocabulary.from_counts(dataset.word_counts, 1, None),
         augment,
     )

@@ -48,8 +48,8 @@ def save_run(run: Path, scratch: Path, width: int = 16, fill: float | None = Non
     vocabulary = Vocabulary.build(["a red circle is above the blue square"], 1, None)
     captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
     with torch.no_grad():
-        for parameter in captioner.decoder.parameters():
-            parameter.mul_(3) if fill is None else parameter.fill_(fill)
+        for parameter in captioner.parameters():
+            parameter.mul_(1.9) if fill is None else parameter.fill_(fill)
     state = checkpoint.State(
         step=1, epoch=0, epoch_step=0, metrics={}, tracker_id=None, best_loss=None
     )
@@ -95,7 +95,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     if started_here:
-        ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, logging_level=logging.WARNING)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=0,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         application = app.build_app(

@@ -38,8 +38,8 @@ def make_loaded(seed: int = 0) -> Loaded:
     vocabulary = Vocabulary.build(["a red circle is above the blue square"], 1, None)
     captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
     with torch.no_grad():
-        for parameter in captioner.decoder.parameters():
-            parameter.mul_(3)
+        for parameter in captioner.parameters():
+            parameter.mul_(1.9)
     search = SearchConfig(beam_size=2, max_length=6, length_penalty=0.7)
     state = State(step=1, epoch=0, epoch_step=0, metrics={}, tracker_id=None, best_loss=None)
     return Loaded("memory", captioner.eval(), vocabulary, model, search, state)
