@@ -40,7 +40,7 @@ def configure_data() -> None:
     # what they say of every dataset and report is of interest to Ray's developers
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.train.v2").setLevel(logging.WARNING)
 
 
 def num_gpus() -> int:
