@@ -21,6 +21,8 @@ WORKER_ENVIRONMENT = {
     # OpenMP threads otherwise spin while they wait for each other, which makes a step ten times
     # slower as soon as decoding needs one of the cores
     "OMP_WAIT_POLICY": "PASSIVE",
+    # without it cuBLAS has no deterministic kernels to offer (--train.deterministic)
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 """Environment of training workers."""
 
@@ -37,10 +39,9 @@ def configure_data() -> None:
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT
     context.enable_progress_bars = False  # the jobs show their own
-    # what they say of every dataset and report is of interest to Ray's developers
+    # what these say of every dataset is of interest to Ray's developers
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
-    logging.getLogger("ray.train.v2").setLevel(logging.WARNING)
 
 
 def num_gpus() -> int:

@@ -4,7 +4,7 @@ Without arguments: the embedded data set of drawn scenes, some minutes on a lapt
 On a cluster: `ray job submit --working-dir . -- python jobs/train.py coco --data.shards URI ...`.
 """
 
-from caption_ray import cluster, config, storage
+from caption_ray import cluster, config
 from caption_ray.evaluation import evaluate, report
 from caption_ray.training import trainer
 
@@ -33,7 +33,7 @@ def main() -> None:
     print(f"Loss curve: {curve}")
     print(f"Checkpoint: {finished.checkpoint}")
     print("Next: serve run serve_config.yaml")
-    print(f"  or: python jobs/caption.py --checkpoint {storage.name(finished.run)} ...")
+    print(f"  or: python jobs/caption.py --checkpoint {finished.run} --images FOLDER --out FILE")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Printing on the workers would put Ray's prefix before every line and tear the pr
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ def _show(mailbox: Any, done: threading.Event) -> None:
             for item in ray.get(mailbox.collect.remote()):
                 if isinstance(item, str):
                     tqdm.write(item)
+                    sys.stdout.flush()  # also into a file that somebody follows
                 elif not bar.disable:
                     if bar.desc != f"{item.epoch}: ":
                         bar.set_description(item.epoch, refresh=False)

@@ -134,6 +134,14 @@ def set_determinism(seed: int, strict: bool) -> None:
     torch.backends.cudnn.benchmark = not strict
 
 
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type that `train.precision` means on this device; None: float32 throughout."""
+    if precision == "auto":
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if on_gpu else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
 def train_step(
     model: nn.Module,
     example: Example,

@@ -122,6 +122,11 @@ def _settle(config: Config) -> Config:
     return replace(config, run=run, data=data, model=model)
 
 
+def _shapes(config: Config) -> tuple[int, int, int]:
+    data = config.data
+    return data.shapes_train, data.shapes_val, data.shapes_seed
+
+
 def _settle_run(config: Config, run: str, vocabulary: Vocabulary) -> bool:
     """Write configuration and vocabulary into the run's folder, or check that those which are
     there fit; returns whether the run had begun before."""
@@ -136,6 +141,7 @@ def _settle_run(config: Config, run: str, vocabulary: Vocabulary) -> bool:
                 "model": old.model == config.model,
                 "data.shards": old.data.shards == config.data.shards,
                 "data.source": old.data.source == config.data.source,
+                "data.shapes-*": _shapes(old) == _shapes(config),
                 "the vocabulary": Vocabulary.from_json(words, run).words == vocabulary.words,
             }.items()
             if not same

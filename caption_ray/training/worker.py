@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -107,6 +108,8 @@ class _Worker:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // context.get_local_world_size()))
         cluster.configure_data()
+        # one of Ray Train's loggers is named after a file, so that LoggingConfig misses it
+        logging.getLogger().setLevel(logging.WARNING)
         self.dataset: DataSet = ray.get(job.dataset)
         self.decode_cpus = self._decode_cpus()
         loop.set_determinism(self.config.train.seed, self.config.train.deterministic)
@@ -119,10 +122,10 @@ class _Worker:
             ),
             fused=True,
         )
-        self.autocast = _autocast(train.precision, self.device)
+        self.autocast = loop.autocast_dtype(train.precision, self.device)
+        self.ledger: NDArray[np.bool_] = np.zeros(sum(self.dataset.rows("train")), bool)
         self.steps_per_epoch = self._num_steps(None)
         self.epoch = self.total_steps = self.step_in_epoch = 0
-        self.ledger: NDArray[np.bool_] = np.zeros(sum(self.dataset.rows("train")), bool)
         self.metrics: dict[str, float] = {}
         self.best_loss: float | None = None
         self.history: list[dict[str, float]] = []
@@ -181,10 +184,13 @@ class _Worker:
     def _num_steps(self, consumed: NDArray[np.bool_] | None) -> int:
         """Steps of an epoch: as many as the largest share needs, so that all ranks take equally
         many without asking each other."""
-        total = sum(self.dataset.rows("train"))
-        wanted = np.ones(total, bool) if consumed is None else ~consumed
-        pictures = int(wanted[: self.config.data.max_images].sum())
-        return math.ceil(math.ceil(pictures / self.world_size) / self.config.train.batch_size)
+        share = math.ceil(self._num_pictures(consumed) / self.world_size)
+        return math.ceil(share / self.config.train.batch_size)
+
+    def _num_pictures(self, consumed: NDArray[np.bool_] | None) -> int:
+        """Pictures of an epoch, or of what is left of it, over all ranks."""
+        wanted = np.ones_like(self.ledger) if consumed is None else ~consumed
+        return int(wanted[: self.config.data.max_images].sum())
 
     # Batches ----------------------------------------------------------------------------------
 
@@ -248,7 +254,7 @@ class _Worker:
 
     def _note_errors(self, errors: list[str]) -> None:
         self.errors += errors
-        share = sum(self.dataset.rows("train")[: self.config.data.max_images]) / self.world_size
+        share = self._num_pictures(None) / self.world_size
         if len(self.errors) > self.config.data.max_bad_images * share:
             listed = "\n  ".join(self.errors[:20])
             raise TooManyBadImages(
@@ -444,10 +450,3 @@ class _Upload:
             Path(saved.path), self.run, self.state, keep=self.keep, is_best=self.is_best
         )
         return Checkpoint(uri)
-
-
-def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
-    if precision == "auto":
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bfloat16" if on_gpu else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else None
