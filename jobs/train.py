@@ -17,13 +17,14 @@ def main() -> None:
     except (ValueError, trainer.RunError) as error:
         raise SystemExit(f"error: {error}") from None
     curve = report.write_loss_curve(finished.history, finished.run)
+    drawn = settings.data.shards is None and settings.data.source is None
     records = evaluate.caption_split(
-        finished.checkpoint, trainer.open_data(settings), "val", limit=500
+        finished.checkpoint, trainer.open_data(settings), "val", limit=None if drawn else 5
     )
     print("\nSample captions of validation pictures:")
     for record in records[:5]:
         print(f"  {record['file']}: {record['caption']}")
-    if settings.data.shards is None and settings.data.source is None:
+    if drawn:
         share = evaluate.judge_shapes(records)
         print(
             f"Held-out scenes captioned truly and fully: {100 * share['exact']:.1f} % of "

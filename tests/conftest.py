@@ -71,6 +71,39 @@ def shards(scenes: Path, local_ray: None, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run with one checkpoint: an untrained captioner of 32 pixels that knows shapes' words."""
+    import dataclasses
+
+    import numpy as np
+    import torch
+
+    from caption_ray import config
+    from caption_ray.data.vocabulary import Vocabulary
+    from caption_ray.model.captioner import build_captioner
+    from caption_ray.training import checkpoint
+
+    preset = config.shapes().model
+    model = dataclasses.replace(
+        preset,
+        encoder=dataclasses.replace(preset.encoder, image_size=32),
+        decoder=dataclasses.replace(
+            preset.decoder, embedding_dim=8, hidden_dim=16, attention_dim=8
+        ),
+    )
+    vocabulary = Vocabulary("a large small red blue circle star left of above".split())
+    torch.manual_seed(0)
+    captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
+    state = checkpoint.State(1, 1, 0, {}, None, None)
+    scratch, run = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("tiny-run")
+    search = config.SearchConfig(beam_size=2, max_length=8)
+    ledger = np.zeros(1, bool)
+    checkpoint.save(scratch, captioner, vocabulary, model, search, state, {}, ledger)
+    checkpoint.commit(scratch, str(run), state, keep=1, is_best=True)
+    return str(run)
+
+
 class _Ranges(SimpleHTTPRequestHandler):
     """Serves ranges, which the standard library's handler does not, and fails on demand."""
 
