@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
+from typing import Any
 
 import ray
 import ray.data
+from tqdm import tqdm
 
 GPU_VARIABLE = "CAPTION_RAY_NUM_GPUS"
 """Environment variable that says that GPUs can be had although none is up: clusters that start GPU
@@ -42,6 +45,12 @@ def configure_data() -> None:
     # what these say of every dataset is of interest to Ray's developers
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
+
+
+def progress_bar(total: int, doing: str, shown: bool) -> tqdm[Any]:
+    """A bar that counts images; in a log file, where each refresh is a line, a slow one."""
+    pause = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, unit="image", desc=doing, disable=not shown, mininterval=pause)
 
 
 def num_gpus() -> int:

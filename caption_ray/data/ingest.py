@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 import ray
-from tqdm import tqdm
 
-from caption_ray import storage
+from caption_ray import cluster, storage
 from caption_ray.config import DataConfig, from_dict
 from caption_ray.data import shapes, shards, transforms
 from caption_ray.data.shards import INDEX_FILE, Index, LeftOut, Shard
@@ -179,7 +178,7 @@ def _write_shards(
     waiting: dict[Any, tuple[str, int]] = {}
     receipts: dict[str, list[Receipt | None]] = {}
     total = sum(len(piece) for parts in pieces.values() for piece in parts)
-    with tqdm(total=total, unit="image", desc="ingest", disable=None if progress else True) as bar:
+    with cluster.progress_bar(total, "ingest", progress) as bar:
         for split, parts in pieces.items():
             receipts[split] = [None] * len(parts)
             for number, records in enumerate(parts):

@@ -16,7 +16,6 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data import ActorPoolStrategy, Dataset
-from tqdm import tqdm
 
 from caption_ray import cluster, storage
 from caption_ray.data.pipeline import DataSet, RawImages, ShardFile
@@ -218,7 +217,7 @@ def _caption(
         num_gpus=1 if gpus else 0,
         num_cpus=0 if gpus else 1,
     )
-    with tqdm(total=total, unit="image", desc="caption", disable=None if progress else True) as bar:
+    with cluster.progress_bar(total, "caption", progress) as bar:
         for row in captioned.iter_rows():
             bar.update(1)
             yield row
