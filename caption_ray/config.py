@@ -255,7 +255,7 @@ class RunConfig(_Strict):
 
     name: str | None = None
     """Folder of this run. A run started again under its name resumes; None: a new name from the
-    preset and the time."""
+    time."""
 
     tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
     """Where metrics and pictures go besides the console. Weights & Biases works offline without

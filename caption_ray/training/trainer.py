@@ -88,9 +88,11 @@ def train(config: Config) -> Finished:
                 worker_runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
             ),
         )
-        trainer.fit()
-    if storage.exists(storage.join(run, FAILURE_FILE)):
-        raise RunError(storage.read_text(storage.join(run, FAILURE_FILE)))
+        try:
+            trainer.fit()
+        finally:
+            if storage.exists(storage.join(run, FAILURE_FILE)):
+                raise RunError(storage.read_text(storage.join(run, FAILURE_FILE))) from None
     return Finished(run, checkpoint.find(run, "best"), read_history(run), dataset.uri)
 
 

@@ -203,7 +203,7 @@ class _Worker:
         self.norms: list[Tensor] = []
         self.errors: list[str] = []
         self.epoch_start = self.window_start = time.perf_counter()
-        self.waited = self.epoch_waited = 0.0
+        self.waited = 0.0
         self.model.train()
         self.steps_this_epoch = self.step_in_epoch + self._num_steps(self.ledger)
 
@@ -307,7 +307,6 @@ class _Worker:
         )
         self.epoch_sums.add(self.window_sums)
         self.window_sums = loop.Sums.zero(self.device)
-        self.epoch_waited += self.waited
         self.window, self.norms, self.waited, self.window_start = [], [], 0.0, now
 
     def _record(self, metrics: dict[str, float]) -> None:

@@ -160,7 +160,8 @@ def test_two_workers_learn_like_one_with_twice_the_batch(shards, tmp_path):
 
 
 def test_a_diverging_run_stops_and_says_where(shards, tmp_path):
-    broken = _config(shards, tmp_path, "broken", learning_rate=1e30, encoder_learning_rate=1e30)
+    rates = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
+    broken = _config(shards, tmp_path, "broken", max_failures=0, **rates)
     with pytest.raises(trainer.RunError, match=r"not finite at step \d+ \(epoch 1\)"):
         trainer.train(broken)
     assert not storage.exists(storage.join(str(tmp_path), "broken", "latest.json"))
