@@ -174,6 +174,15 @@ class SearchConfig(_Strict):
     length_penalty: float = 0.7
     """Beams are ranked by log-probability / length ** length_penalty; 0: by log-probability."""
 
+    temperature: float = 0.0
+    """Above 0, words are drawn from softmax(logits / temperature) instead of searched for."""
+
+    top_k: int | None = None
+    """Draw among so many of the likeliest words only."""
+
+    top_p: float = 1.0
+    """Draw among the fewest words that together have this probability (nucleus sampling)."""
+
 
 @dataclass(frozen=True)
 class TrainConfig(_Strict):
@@ -404,6 +413,7 @@ def validate(config: Config) -> None:
         require(value >= 1, option, value, "give a whole number of at least 1")
     for option, optional in {
         "data.max-words": data.max_words,
+        "search.top-k": search.top_k,
         "data.max-images": data.max_images,
         "data.decode-workers": data.decode_workers,
         "model.encoder.grid": encoder.grid,
@@ -423,6 +433,7 @@ def validate(config: Config) -> None:
         "train.attention-regularization": train.attention_regularization,
         "train.sample-captions": train.sample_captions,
         "search.length-penalty": search.length_penalty,
+        "search.temperature": search.temperature,
     }.items():
         require(number >= 0, option, number, "give 0 or more")
     require(
@@ -431,6 +442,7 @@ def validate(config: Config) -> None:
         data.caption_length,
         "start, one word and end already need 3 tokens",
     )
+    require(0 < search.top_p <= 1, "search.top-p", search.top_p, "give a probability in (0, 1]")
     require(0 < data.min_crop <= 1, "data.min-crop", data.min_crop, "give a share in (0, 1]")
     require(
         0 <= data.max_bad_images <= 1, "data.max-bad-images", data.max_bad_images, "give 0 to 1"

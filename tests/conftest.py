@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,3 +147,91 @@ def web(tmp_path):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+class Endpoint:
+    """A real Ray Serve that is deployed from a configuration, as `serve run FILE` does it."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def deploy(
+        self,
+        args: dict[str, Any],
+        captioner: dict[str, Any] | None = None,
+        ingress: dict[str, Any] | None = None,
+        wait: bool = True,
+    ) -> None:
+        """`args` of build_app, and settings of the two deployments."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        schema = ServeDeploySchema.model_validate(
+            {
+                "applications": [
+                    {
+                        "name": "captions",
+                        "import_path": "caption_ray.serving.app:build_app",
+                        "args": {"num_gpus": 0, **args},
+                        "deployments": [
+                            {"name": "Captioner", **(captioner or {})},
+                            {"name": "Ingress", **(ingress or {})},
+                        ],
+                    }
+                ]
+            }
+        )
+        _get_global_client().deploy_apps(schema)
+        if wait:
+            self.wait_until(self.is_running)
+
+    @staticmethod
+    def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout_s} s"
+            time.sleep(0.1)
+
+    @staticmethod
+    def application() -> Any:
+        from ray import serve
+
+        return serve.status().applications.get("captions")
+
+    def is_running(self) -> bool:
+        application = self.application()
+        assert application is None or application.status != "DEPLOY_FAILED", application.message
+        return application is not None and application.status == "RUNNING"
+
+    def running(self, deployment: str) -> int:
+        """Replicas that run."""
+        states = self.application().deployments[deployment].replica_states
+        return int(states.get("RUNNING", 0))
+
+    @staticmethod
+    def pids(deployment: str) -> list[int]:
+        """Processes of a deployment's replicas."""
+        import psutil
+
+        title = f"ray::ServeReplica:captions:{deployment}"
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process.pid)
+            except psutil.NoSuchProcess:
+                pass
+        return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def endpoint(local_ray: None) -> Iterator[Endpoint]:
+    """Ray Serve on a free port; `deploy` puts the application there."""
+    from ray import serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield Endpoint(port)
+    serve.shutdown()

@@ -19,6 +19,8 @@ RAY = {
     "training/console.py",
     "evaluation/evaluate.py",
     "serving/app.py",
+    "serving/captioner.py",
+    "serving/ingress.py",
 }
 
 

@@ -15,10 +15,12 @@ from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
-from caption_ray.serving.app import Arguments, Captioner, Ingress
+from caption_ray.serving.app import Arguments
+from caption_ray.serving.captioner import Captioner, Serving
+from caption_ray.serving.ingress import Ingress
 
 FILE = Path(__file__).resolve().parents[1] / "serve_config.yaml"
-TYPED = {"autoscaling_config": AutoscalingConfig, "args": Arguments}
+TYPED = {"autoscaling_config": AutoscalingConfig, "args": Arguments, "user_config": Serving}
 """Settings that Ray's schema declares as a plain dict."""
 
 

@@ -115,16 +115,30 @@ def shrink(data: bytes, shorter_side: int) -> bytes:
     return buffer.getvalue()
 
 
-def fit(image: Pixels, size: int, how: Literal["stretch", "crop"]) -> Pixels:
+Fit = Literal["stretch", "crop"]
+"""How a picture becomes a square: squeezed as a whole, or cut to its centre."""
+
+
+def fit(image: Pixels, size: int, how: Fit) -> Pixels:
     """(H, W, 3) -> (size, size, 3), antialiased: the whole picture squeezed, or its centre."""
+    top, left, rows, columns = _window(image.shape[0], image.shape[1], how)
+    return _resize(image[top : top + rows, left : left + columns], size, size)
+
+
+def visible(height: int, width: int, how: Fit) -> tuple[float, float, float, float]:
+    """What `fit` keeps: left, top, right and bottom as fractions of the picture."""
+    top, left, rows, columns = _window(height, width, how)
+    return left / width, top / height, (left + columns) / width, (top + rows) / height
+
+
+def _window(height: int, width: int, how: Fit) -> tuple[int, int, int, int]:
+    """Top, left, height and width in pixels."""
     if how == "stretch":
-        return _resize(image, size, size)
+        return 0, 0, height, width
     if how != "crop":
         raise ValueError(f"how is {how!r}: give stretch or crop")
-    height, width = image.shape[:2]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return _resize(image[top : top + side, left : left + side], size, size)
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def augment(

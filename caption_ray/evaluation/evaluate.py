@@ -41,12 +41,12 @@ class _Captions:
         rows = table.to_pylist()
         squares = list(self.threads.map(self._prepare, rows))
         good = [number for number, square in enumerate(squares) if square is not None]
-        captions = (
+        found = (
             self.predictor.predict(np.stack([squares[number] for number in good])) if good else []
         )
         for row in rows:
             row.update(caption=None, log_prob=None, image=None)
-        for number, caption in zip(good, captions, strict=True):
+        for number, (caption,) in zip(good, found, strict=True):
             rows[number].update(caption=caption.text, log_prob=caption.log_prob)
         return pa.Table.from_pylist(rows, schema=_RESULT)
 

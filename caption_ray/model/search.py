@@ -9,7 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,10 @@ from caption_ray.model.decoder import END, PAD, START, State, StepOutput
 
 StepFn = Callable[[Tensor, State], StepOutput]
 """From the last words, int64 (B, K), and the state to the next words' logits and the new state."""
+
+OnStep = Callable[[Tensor, Tensor], None]
+"""Called after each step with int64 tokens (B, T) and (B,): how many of them, from the first, will
+stand in every caption that is returned for the image, or in the best one if beams compete."""
 
 
 class Hypotheses(NamedTuple):
@@ -37,7 +41,13 @@ class Hypotheses(NamedTuple):
 
 
 def beam_search(
-    step: StepFn, state: State, *, max_length: int, length_penalty: float, num_return: int
+    step: StepFn,
+    state: State,
+    *,
+    max_length: int,
+    length_penalty: float,
+    num_return: int,
+    on_step: OnStep | None = None,
 ) -> Hypotheses:
     """The captions of highest log-probability / length ** length_penalty that K beams find.
 
@@ -76,15 +86,19 @@ def beam_search(
         live = log_probs.masked_fill(ended, -torch.inf)
         trace.append(_Step(tokens, parent, attention, log_probs, scores))
         # Log-probabilities only fall, and the last length divides them by most.
-        bound = live.amax(dim=1) / max_length**length_penalty  # (B,)
-        if bool((best[:, -1] >= bound).all()):
+        bound = live / max_length**length_penalty  # (B, K)
+        if on_step is not None:
+            on_step(*_decided(trace, can_win=bound > best[:, :1]))
+        if bool((best[:, -1] >= bound.amax(dim=1)).all()):
             break
     return _backtrack(trace, num_return)
 
 
-def greedy(step: StepFn, state: State, *, max_length: int) -> Hypotheses:
+def greedy(
+    step: StepFn, state: State, *, max_length: int, on_step: OnStep | None = None
+) -> Hypotheses:
     """The likeliest word at each step; `state` is the initial state of one sequence per image."""
-    return _follow(step, state, lambda log_probs: log_probs.argmax(dim=-1), max_length)
+    return _follow(step, state, lambda log_probs: log_probs.argmax(dim=-1), max_length, on_step)
 
 
 def sample(
@@ -95,14 +109,16 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    on_step: OnStep | None = None,
 ) -> Hypotheses:
     """K random captions of each image; `state` is the initial state of K sequences per image.
 
     Words are drawn from softmax(logits / temperature), cut to the `top_k` likeliest words and to
     the fewest words that together have a probability of `top_p` (Holtzman et al., 1904.09751).
-    `log_probs` are those of the decoder, before any of that. `generator` must live where `state`
-    does.
+    `log_probs` are those of the decoder, before any of that. `generator` is one that lives where
+    `state` does, or one on the CPU for each image: then an image's captions do not depend on the
+    others in the batch.
 
     Raises ValueError for a temperature or top_p that no distribution has.
     """
@@ -121,18 +137,41 @@ def sample(
             ordered, words = logits.softmax(dim=-1).sort(dim=-1, descending=True)
             enough = ordered.cumsum(dim=-1) - ordered >= top_p  # without this word already
             logits = logits.masked_fill(enough.gather(-1, words.argsort(dim=-1)), -torch.inf)
-        probabilities = logits.softmax(dim=-1)
-        words = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-        return words.view(logits.shape[:2])
+        # The word at which the cumulative distribution passes a uniform number in [0, 1): as it
+        # rises there, that word's probability is not zero.
+        cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+        cumulative = cumulative / cumulative[..., -1:]
+        uniform = _uniform(logits.shape[:2], generator, logits.device)  # (B, K)
+        return torch.searchsorted(cumulative, uniform.unsqueeze(-1), right=True).squeeze(-1)
 
-    return _follow(step, state, draw, max_length)
+    return _follow(step, state, draw, max_length, on_step)
+
+
+def _uniform(
+    shape: torch.Size,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device,
+) -> Tensor:
+    """Random numbers in [0, 1), float32 (B, K)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.rand(shape, generator=generator, device=device)
+    rows = [torch.rand(shape[1], generator=own) for own in generator]
+    return torch.stack(rows).to(device)
 
 
 @torch.inference_mode()
 def generate(
-    captioner: Captioner, images: Tensor, search: SearchConfig, num_return: int
+    captioner: Captioner,
+    images: Tensor,
+    search: SearchConfig,
+    num_return: int,
+    seeds: Sequence[int] | None = None,
+    on_step: OnStep | None = None,
 ) -> Hypotheses:
     """The `num_return` best captions that `search` finds for images, uint8 (B, 3, S, S).
+
+    With a temperature, that many captions are drawn; an image's depend on its seed (default 0) and
+    on nothing else in the batch.
 
     Raises ValueError if more captions are asked for than there are beams, and for a captioner in
     training mode, whose dropout would spoil them.
@@ -141,24 +180,40 @@ def generate(
         raise ValueError("call captioner.eval() before generating captions")
     decoder = captioner.decoder
     memory = decoder.prepare(captioner.encoder(images))
-    state = decoder.initial_state(memory, search.beam_size)
 
     def step(tokens: Tensor, state: State) -> StepOutput:
         return decoder.step(tokens, state, memory)
 
+    if search.temperature > 0:
+        return sample(
+            step,
+            decoder.initial_state(memory, num_return),
+            max_length=search.max_length,
+            temperature=search.temperature,
+            top_k=search.top_k,
+            top_p=search.top_p,
+            generator=[torch.Generator().manual_seed(s) for s in seeds or [0] * len(images)],
+            on_step=on_step,
+        )
+    state = decoder.initial_state(memory, search.beam_size)
     if search.beam_size == 1 and num_return == 1:
-        return greedy(step, state, max_length=search.max_length)
+        return greedy(step, state, max_length=search.max_length, on_step=on_step)
     return beam_search(
         step,
         state,
         max_length=search.max_length,
         length_penalty=search.length_penalty,
         num_return=num_return,
+        on_step=on_step,
     )
 
 
 def _follow(
-    step: StepFn, state: State, choose: Callable[[Tensor], Tensor], max_length: int
+    step: StepFn,
+    state: State,
+    choose: Callable[[Tensor], Tensor],
+    max_length: int,
+    on_step: OnStep | None,
 ) -> Hypotheses:
     """Extend K sequences, each on its own, by the words that `choose` takes of (B, K, V)."""
     tokens = torch.full(state[0].shape[:2], START, device=state[0].device)  # (B, K)
@@ -174,6 +229,8 @@ def _follow(
         words.append(tokens)
         attentions.append(attention.masked_fill(ended.unsqueeze(-1), 0.0))
         ended = ended | (tokens == END)
+        if on_step is not None:
+            on_step(*_common_beginning(torch.stack(words, dim=-1)))
         if bool(ended.all()):
             break
     total, order = total.sort(dim=1, descending=True)
@@ -206,10 +263,18 @@ class _Step(NamedTuple):
 
 def _backtrack(trace: list[_Step], num_return: int) -> Hypotheses:
     """The captions of best score, read from their last words back to their first."""
-    beams = trace[0].scores.shape[1]
     scores, last = torch.cat([step.scores for step in trace], dim=1).topk(num_return)  # (B, R)
     exists = scores > -torch.inf
+    tokens, attention = _read(trace, last, exists)
     log_probs = torch.cat([step.log_probs for step in trace], dim=1).gather(1, last)
+    lengths = (last // trace[0].scores.shape[1] + 1) * exists
+    return Hypotheses(tokens, log_probs.masked_fill(~exists, -torch.inf), lengths, attention)
+
+
+def _read(trace: list[_Step], last: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B, R, T) and attention (B, R, T, N) of the sequences whose last words stand at
+    `last`, int64 (B, R): step * K + beam. PAD where they do not exist."""
+    beams = trace[0].scores.shape[1]
     lengths = (last // beams + 1) * exists
     beam = last % beams  # (B, R)
     image = torch.arange(len(beam), device=beam.device).unsqueeze(1)
@@ -221,9 +286,27 @@ def _backtrack(trace: list[_Step], num_return: int) -> Hypotheses:
         tokens.append(step.tokens.gather(1, beam).masked_fill(~within, PAD))
         attentions.append(step.attention[image, parent].masked_fill(~within.unsqueeze(-1), 0.0))
         beam = torch.where(within, parent, beam)
-    return Hypotheses(
-        torch.stack(tokens[::-1], dim=-1),
-        log_probs.masked_fill(~exists, -torch.inf),
-        lengths,
-        torch.stack(attentions[::-1], dim=2),
-    )
+    return torch.stack(tokens[::-1], dim=-1), torch.stack(attentions[::-1], dim=2)
+
+
+def _decided(trace: list[_Step], can_win: Tensor) -> tuple[Tensor, Tensor]:
+    """What all captions that can still be the best have in common: those of the beams that
+    `can_win`, bool (B, K), and the best that ended. Tokens (B, T) and how many, (B,)."""
+    beams = can_win.shape[1]
+    score, ended = torch.cat([step.scores for step in trace], dim=1).topk(1)  # (B, 1)
+    live = torch.arange(beams, device=ended.device) + beams * (len(trace) - 1)
+    last = torch.cat([ended, live.expand(len(ended), -1)], dim=1)  # (B, 1 + K)
+    possible = torch.cat([score > -torch.inf, can_win], dim=1)
+    tokens, _ = _read(trace, last, possible)
+    return _common_beginning(tokens, possible)
+
+
+def _common_beginning(tokens: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sequence (B, T), of tokens (B, K, T), that is the first to count, and with how many of
+    its tokens all others that count begin, int64 (B,)."""
+    if counts is None:
+        counts = torch.ones_like(tokens[..., 0], dtype=torch.bool)  # (B, K)
+    first = counts.int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, tokens.shape[-1])
+    one = tokens.gather(1, first)  # (B, 1, T)
+    same = ((tokens == one) | ~counts.unsqueeze(-1)).all(dim=1)  # (B, T)
+    return one.squeeze(1), same.int().cumprod(dim=1).sum(dim=1)

@@ -1,93 +1,119 @@
-"""The HTTP endpoint on Ray Serve: `serve run serve_config.yaml`.
+"""The endpoint on Ray Serve: `serve run serve_config.yaml`.
 
-    client -> Ingress (CPU: limits, decoding, errors) -> Captioner (one device: batches)
+    client -> Ingress (CPU: HTTP, limits, decoding) -> Captioner (one device: batches)
 
 Both scale on their own. Nothing happens at import; `build_app` builds.
 """
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import binascii
-import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
-import numpy as np
 import ray
 import torch
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve import Application
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    RayServeException,
-)
-from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ray.serve.exceptions import RayServeException
 
 from caption_ray import cluster
-from caption_ray.config import EncoderConfig, default_storage
-from caption_ray.data import transforms
-from caption_ray.serving.predictor import Caption, Images, Predictor, prepare
-from caption_ray.training import checkpoint
+from caption_ray.config import default_storage
+from caption_ray.serving.auth import Tokens
+from caption_ray.serving.captioner import Captioner, Serving, describe
+from caption_ray.serving.errors import Strict, explain
+from caption_ray.serving.fetch import check_allow_list
+from caption_ray.serving.ingress import Ingress
+from caption_ray.serving.predictor import Predictor
+from caption_ray.serving.service import Settings
 from caption_ray.training.checkpoint import CheckpointError
 
 CHECKPOINT_VARIABLE = "CAPTION_RAY_CHECKPOINT"
+TOKENS_FILE_VARIABLE = "CAPTION_RAY_TOKENS_FILE"
 
-DECODE_THREADS = 4
-"""Pictures that one ingress decodes at a time: the largest allowed takes 200 MB."""
+MAX_QUEUE = 1024
+"""Most pictures that wait for a captioner: 200 MB at 256 x 256. `max_queue_s` is reached before."""
 
-INGRESS_REQUESTS = 64
-"""Requests in flight in one ingress: with full bodies, 640 MB."""
-
-READY_TIMEOUT = 2.0
-"""Seconds in which the captioner must answer `/readyz`."""
-
-UNAVAILABLE = (BackPressureError, DeploymentUnavailableError, RayActorError)
-
-logger = logging.getLogger("ray.serve")
+INGRESS_REQUESTS = 1024
+"""Requests in flight in one ingress before Ray queues them in its proxy. It is far above what the
+ingress admits, so that it is the ingress that refuses, in JSON and with a computed Retry-After."""
 
 
-class Arguments(BaseModel):
+class Arguments(Strict):
     """What `args` in serve_config.yaml, or `key=value` after `serve run`, may say."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
-
     checkpoint: str = Field(
-        default_factory=lambda: os.environ.get(CHECKPOINT_VARIABLE, "latest"), min_length=1
+        default_factory=lambda: os.environ.get(CHECKPOINT_VARIABLE, "latest"),
+        min_length=1,
+        validate_default=True,
     )
     """`latest` or `best` of the run in `storage` that was written to last, or the URI of a
     checkpoint or run (default: $CAPTION_RAY_CHECKPOINT, else latest)."""
 
-    storage: str = Field(default_factory=default_storage, min_length=1)
-    """URI of the folder that holds all runs (default: $CAPTION_RAY_STORAGE, else ./runs in the
-    folder where Ray was started, which is that of `serve run` if it starts Ray itself)."""
+    storage: str = Field(default_factory=default_storage, min_length=1, validate_default=True)
+    """URI of the folder that holds all runs, or of one run (default: $CAPTION_RAY_STORAGE, else
+    ./runs in the folder where Ray was started, which is that of `serve run` if it starts Ray
+    itself)."""
+
+    follow_interval_s: float | None = Field(default=30.0, gt=0)
+    """Seconds between looks for a newer checkpoint of a run, which then takes the place of the one
+    that is served; null: the one found at the start stays."""
 
     num_gpus: float | None = Field(
-        default_factory=lambda: cast(float | None, os.environ.get(cluster.GPU_VARIABLE)), ge=0
+        default_factory=lambda: cast(float | None, os.environ.get(cluster.GPU_VARIABLE)),
+        ge=0,
+        validate_default=True,
     )
     """GPUs of each captioner, a fraction to share one; null: 1 if the cluster has any, else 0
     (default: $CAPTION_RAY_NUM_GPUS, for clusters that start GPU nodes on demand, else null)."""
 
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads of a captioner without GPU; null: as many as its node has cores."""
+
     max_batch_size: int = Field(default=16, ge=1)
     """Most pictures that are captioned at once."""
 
-    batch_wait_timeout_s: float = Field(default=0.005, ge=0)
-    """Seconds that a picture waits for others to share its batch."""
+    batch_wait_timeout_s: float = Field(default=0.0, ge=0)
+    """Seconds that a picture waits for others on an idle device. On a busy one those that come in
+    meanwhile make the next batch anyway."""
+
+    max_queue_s: float = Field(default=10.0, gt=0)
+    """Seconds that a picture may be expected to wait for a captioner; one that would wait longer is
+    refused at once (429), so that those admitted keep their latency."""
+
+    request_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds in which a picture must be captioned, its wait included (else 504)."""
+
+    body_timeout_s: float = Field(default=20.0, gt=0)
+    """Seconds in which a request's body must have arrived (else 408)."""
 
     max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1)
-    """Largest request body, in bytes."""
+    """Largest request body, in bytes (else 413)."""
+
+    max_buffered_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
+    """Most bytes of bodies that one ingress holds at a time (else 429)."""
+
+    tokens_file: str | None = Field(
+        default_factory=lambda: os.environ.get(TOKENS_FILE_VARIABLE) or None
+    )
+    """File, on the nodes, with the tokens that are accepted in `Authorization: Bearer`, one per
+    line; read again when it changes. Those in $CAPTION_RAY_TOKENS, separated by commas, are
+    accepted too. With neither, everybody is served (default: $CAPTION_RAY_TOKENS_FILE, else null).
+    """
+
+    cors_origins: tuple[str, ...] = ()
+    """Origins (https://example.org) whose pages may call from a browser."""
+
+    url_allow_list: tuple[str, ...] = ()
+    """Hosts (images.example.org, .example.org, 10.0.0.5:8080) from which pictures are fetched for
+    OpenAI's clients; without any, they must send the picture itself."""
+
+    model_name: str = Field(default="caption_ray", min_length=1)
+    """What OpenAI's clients call the model."""
+
+    examples: str | None = None
+    """URI of a folder of pictures to try on the page (the first four by name); null: drawn scenes,
+    which only a captioner that was trained on the embedded data set understands."""
 
 
 class StartError(CheckpointError, RayServeException):
@@ -101,290 +127,68 @@ class StartError(CheckpointError, RayServeException):
 def build_app(args: Arguments | dict[str, Any]) -> Application:
     """The application that serves one verified checkpoint; `args` are those of `Arguments`.
 
-    All replicas serve the checkpoint that is found here, also if they start later. Raises
-    StartError, a CheckpointError, if there is none, or it is unreadable, of another model, or
-    cannot caption: the application then never starts, and one that runs already goes on. Raises
-    the same for arguments that are unknown or out of bounds.
+    Raises StartError, a CheckpointError, if there is none, or it is unreadable, of another model,
+    or cannot caption: the application then never starts, and one that runs already goes on. Raises
+    the same for arguments that are unknown or out of bounds, and for tokens that cannot be read.
     """
     try:
         args = Arguments.model_validate(args)
     except ValidationError as error:
-        problem = _problem(error, Arguments.model_fields)
+        problem = explain(error, Arguments).message
         raise StartError(f"args of caption_ray.serving.app:build_app: {problem}") from error
+    serving = Serving(
+        checkpoint=args.checkpoint, storage=args.storage, follow_interval_s=args.follow_interval_s
+    )
     try:
-        if args.checkpoint in checkpoint.POINTERS:
-            uri = checkpoint.find(args.storage, args.checkpoint)  # type: ignore[arg-type]
-        else:
-            uri = checkpoint.find(args.checkpoint)
-        predictor = Predictor.from_uri(uri, torch.device("cpu"))
+        predictor = Predictor.from_uri(serving.find(), torch.device("cpu"))
         predictor.warm_up()
     except (ValueError, OSError) as error:
         raise StartError(f"checkpoint {args.checkpoint!r} cannot be served: {error}") from error
+    try:
+        Tokens(args.tokens_file)
+        check_allow_list(args.url_allow_list)
+    except ValueError as error:
+        raise StartError(str(error)) from error
     num_gpus = args.num_gpus
     if num_gpus is None:
         if not ray.is_initialized():  # `serve run` with an import path builds before it connects
             cluster.connect()
         num_gpus = 1 if cluster.num_gpus() else 0
+
     captioner = serve.deployment(
-        # the next batch gathers while one is captioned
-        max_ongoing_requests=2 * args.max_batch_size,
-        ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
+        # Ray would queue what is beyond in the ingresses and ask again after growing pauses; here
+        # it is in the next batch.
+        max_ongoing_requests=MAX_QUEUE + 2 * args.max_batch_size,
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": num_gpus,
+            "runtime_env": {"env_vars": cluster.WORKER_ENVIRONMENT},
+        },
+        user_config=serving.model_dump(),
     )(Captioner)
     ingress = serve.deployment(
         max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 1}
     )(serve.ingress()(Ingress))
     return ingress.bind(
-        captioner.bind(uri, args.max_batch_size, args.batch_wait_timeout_s),
+        captioner.bind(
+            predictor.uri,
+            cpu_threads=args.cpu_threads,
+            max_batch_size=args.max_batch_size,
+            batch_wait_timeout_s=args.batch_wait_timeout_s,
+            max_queue_s=args.max_queue_s,
+            max_queue=MAX_QUEUE,
+        ),
         predictor.encoder_config,
-        args.max_body_bytes,
+        describe(predictor, refused=None),
+        Settings(
+            max_body_bytes=args.max_body_bytes,
+            max_buffered_bytes=args.max_buffered_bytes,
+            body_timeout_s=args.body_timeout_s,
+            request_timeout_s=args.request_timeout_s,
+            tokens_file=args.tokens_file,
+            cors_origins=args.cors_origins,
+            url_allow_list=args.url_allow_list,
+            model_name=args.model_name,
+            examples=args.examples,
+        ),
     )
-
-
-# Captioner ------------------------------------------------------------------------------------
-
-
-class Captioner:
-    """One device: captions prepared pictures, as many at once as have come in."""
-
-    def __init__(self, uri: str, max_batch_size: int, batch_wait_timeout_s: float) -> None:
-        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids()["GPU"])
-        device = torch.device("cuda" if has_gpu else "cpu")
-        self.predictor = Predictor.from_uri(uri, device)
-        self.predictor.warm_up()
-        # one thread, always the same: torch keeps a pool of its own for each that calls it
-        self.thread = ThreadPoolExecutor(1)
-        batches: Any = self._caption  # serve.batch gives it these
-        batches.set_max_batch_size(max_batch_size)
-        batches.set_batch_wait_timeout_s(batch_wait_timeout_s)
-        logger.info(f"Captioning with {uri} on {device}")
-
-    async def __call__(self, image: Images) -> tuple[Caption, int]:
-        """The caption of one prepared picture, and how many shared its batch."""
-        size = self.predictor.encoder_config.image_size
-        if image.shape != (3, size, size):  # here, where it harms nobody else's batch
-            raise ValueError(f"a picture of {image.shape}: give (3, {size}, {size})")
-        result: tuple[Caption, int] = await self._caption(image)
-        return result
-
-    @serve.batch
-    async def _caption(self, images: list[Images]) -> list[tuple[Caption, int]]:
-        captions = await asyncio.get_running_loop().run_in_executor(
-            self.thread, self.predictor.predict, np.stack(images)
-        )
-        return [(caption, len(images)) for caption in captions]
-
-    def ready(self) -> bool:
-        return True
-
-
-# Ingress --------------------------------------------------------------------------------------
-
-
-class Ingress:
-    """Everything about HTTP; pictures are decoded here, so that devices only caption."""
-
-    def __init__(
-        self, captioner: DeploymentHandle[Any], encoder: EncoderConfig, max_body_bytes: int
-    ) -> None:
-        self.captioner = captioner
-        self.encoder = encoder
-        self.max_body_bytes = max_body_bytes
-
-    async def caption(self, image: Images) -> tuple[Caption, int]:
-        result: tuple[Caption, int] = await self.captioner.remote(image)
-        return result
-
-    async def ready(self) -> bool:
-        answer = self.captioner.ready.remote()
-        try:
-            return bool(await asyncio.wait_for(answer, READY_TIMEOUT))
-        except (asyncio.TimeoutError, *UNAVAILABLE):
-            answer.cancel()
-            return False
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http(self.caption, self.ready, self.encoder, self.max_body_bytes)
-
-
-class Refusal(Exception):
-    """An answer other than a caption: status, kind and a message for a person."""
-
-    def __init__(self, status: int, error_type: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.error_type, self.message = status, error_type, message
-
-    def response(self) -> JSONResponse:
-        """As huggingface_hub reads it: both values strings."""
-        headers = {"Retry-After": "1"} if self.status == 503 else None
-        content = {"error": self.message, "error_type": self.error_type}
-        return JSONResponse(content, self.status, headers)
-
-
-class CaptionRequest(BaseModel):
-    """A picture in JSON, as huggingface_hub sends it when there are parameters."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    inputs: str
-    """The picture's bytes in base64."""
-
-    parameters: dict[str, Any] | None = Field(default=None, json_schema_extra={"maxProperties": 0})
-    """None is supported: captions are searched for as the checkpoint says."""
-
-    @field_validator("parameters")
-    @classmethod
-    def _supported(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
-        if parameters:
-            raise PydanticCustomError("unsupported", "no parameter is supported; leave it out")
-        return parameters
-
-
-class GeneratedText(BaseModel):
-    """A caption, as huggingface_hub reads it."""
-
-    generated_text: str
-
-
-def build_http(
-    caption: Callable[[Images], Awaitable[tuple[Caption, int]]],
-    ready: Callable[[], Awaitable[bool]],
-    encoder: EncoderConfig,
-    max_body_bytes: int,
-) -> FastAPI:
-    """The HTTP application around `caption`, which takes what `prepare` makes for `encoder`."""
-    app = FastAPI(title="caption_ray", description="Captions for pictures.")
-    app.add_middleware(_Unforeseen)
-    threads = ThreadPoolExecutor(DECODE_THREADS)
-
-    @app.exception_handler(Refusal)
-    async def refuse(request: Request, refusal: Refusal) -> Response:
-        return refusal.response()
-
-    @app.exception_handler(HTTPException)
-    async def refuse_path(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return Refusal(error.status_code, "validation", message).response()
-
-    @app.get("/livez")
-    async def livez() -> dict[str, str]:
-        """Whether the server runs."""
-        return {"status": "alive"}
-
-    @app.get("/readyz", responses={503: {"description": "No captioner answers (yet)."}})
-    async def readyz() -> dict[str, str]:
-        """Whether pictures can be captioned."""
-        if not await ready():
-            raise Refusal(503, "unavailable", "no captioner answers yet")
-        return {"status": "ready"}
-
-    body = {
-        "required": True,
-        "content": {
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-            "application/json": {"schema": CaptionRequest.model_json_schema()},
-        },
-    }
-
-    @app.post("/caption", response_model=list[GeneratedText], openapi_extra={"requestBody": body})
-    async def caption_picture(request: Request, response: Response) -> list[dict[str, str]]:
-        """The caption of the picture in the body: its bytes, or JSON with them in base64.
-
-        The header X-Batch-Size says how many pictures were captioned together with it.
-        """
-        data = await _read_body(request, max_body_bytes)
-        is_json = request.headers.get("content-type", "").startswith("application/json")
-        image = await asyncio.get_running_loop().run_in_executor(
-            threads, _read_picture, data, is_json, encoder
-        )
-        try:
-            found, batch_size = await caption(image)
-        except UNAVAILABLE as error:
-            logger.warning(f"No captioner for request {_request_id(request.scope)}: {error}")
-            raise Refusal(503, "unavailable", "no captioner is free; try again") from error
-        response.headers["X-Batch-Size"] = str(batch_size)
-        return [{"generated_text": found.text}]
-
-    return app
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    too_large = Refusal(413, "validation", f"the body has more than {limit} bytes")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    if not body:
-        raise Refusal(400, "validation", "the body is empty: send the bytes of a picture")
-    return bytes(body)
-
-
-def _read_picture(data: bytes, is_json: bool, encoder: EncoderConfig) -> Images:
-    """The prepared picture in a request's body."""
-    if is_json or data[:1] == b"{":  # no picture begins like that
-        data = _read_json(data)
-    try:
-        return prepare(data, encoder)
-    except transforms.UnknownFormatError as error:
-        raise Refusal(415, "validation", f"the picture cannot be read: {error}") from error
-    except transforms.ImageError as error:
-        raise Refusal(422, "validation", f"the picture cannot be read: {error}") from error
-
-
-def _read_json(data: bytes) -> bytes:
-    try:
-        inputs = CaptionRequest.model_validate_json(data).inputs
-    except ValidationError as error:
-        raise Refusal(400, "validation", _problem(error, CaptionRequest.model_fields)) from error
-    try:
-        picture = base64.b64decode("".join(inputs.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Refusal(400, "validation", f"inputs is no base64: {error}") from error
-    if not picture:
-        raise Refusal(400, "validation", "inputs is '': give the bytes of a picture in base64")
-    return picture
-
-
-def _problem(error: ValidationError, valid: Iterable[str]) -> str:
-    """The first of the problems: the field, its value, what is wrong and the valid fields."""
-    problem = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "the body"
-    value = repr(problem["input"])
-    shown = value if len(value) <= 100 else f"{value[:100]}..."
-    hint = f"; valid: {', '.join(valid)}" if problem["type"] == "extra_forbidden" else ""
-    return f"{field} is {shown}: {problem['msg']}{hint}"
-
-
-def _request_id(scope: Scope) -> str:
-    """Ray's proxy takes it from the client's X-Request-ID or makes one, and sends it back."""
-    return next((value.decode() for key, value in scope["headers"] if key == b"x-request-id"), "?")
-
-
-class _Unforeseen:
-    """Middleware: an error that nobody foresaw is a 500 that names the request, no more; the
-    stack stands in the log beside the same name."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_started = False
-
-        async def watch(message: Message) -> None:
-            nonlocal has_started
-            has_started = True
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watch)
-        except ClientDisconnect:
-            pass  # nobody is left to answer
-        except Exception:
-            logger.exception(f"Request {_request_id(scope)} failed")
-            if has_started:
-                raise
-            message = f"internal error in request {_request_id(scope)}"
-            await Refusal(500, "internal", message).response()(scope, receive, send)

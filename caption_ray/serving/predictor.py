@@ -6,17 +6,19 @@ Shapes: B images, S their height and width in pixels, T words, N regions in rows
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from caption_ray.config import EncoderConfig, SearchConfig
 from caption_ray.data import transforms
 from caption_ray.data.vocabulary import END, PAD
-from caption_ray.model.search import generate
+from caption_ray.model.search import OnStep, generate
 from caption_ray.training import checkpoint
 from caption_ray.training.checkpoint import CheckpointError, Loaded
 
@@ -35,6 +37,8 @@ class Caption:
     attention: NDArray[np.float32] | None
     """(T, rows, columns): how much each word looked at each region; a word's shares sum to one.
     None where the decoder does not attend to a grid."""
+    is_whole: bool = True
+    """Whether it came to its end; False if it was cut at the maximal length."""
 
 
 class Predictor:
@@ -47,7 +51,9 @@ class Predictor:
         self.device = device
         self.search = search or loaded.search
         """How captions are searched for; the checkpoint's own way unless another is given."""
+        self.model_config = loaded.model
         self.encoder_config = loaded.model.encoder
+        self.state = loaded.state
         self.vocabulary = loaded.vocabulary
         self.captioner = loaded.captioner.to(device).eval()
         # T4s and older GPUs only emulate bfloat16, which is slower than float32.
@@ -72,10 +78,24 @@ class Predictor:
         """
         return prepare(data, self.encoder_config)
 
-    def predict(self, images: Images) -> list[Caption]:
-        """The best caption of each image, uint8 (B, 3, S, S).
+    def predict(
+        self,
+        images: Images,
+        search: SearchConfig | None = None,
+        num_return: int = 1,
+        seeds: Sequence[int] | None = None,
+        on_words: Callable[[int, list[str]], None] | None = None,
+    ) -> list[list[Caption]]:
+        """The `num_return` captions of each image, uint8 (B, 3, S, S), the best first.
 
-        Raises ValueError for any other shape or type.
+        `search` is how they are searched for (default: `self.search`), `seeds` has a number for
+        each image from which captions are drawn if `search` has a temperature. There may be fewer
+        captions than asked for where a short maximal length allows no more.
+
+        `on_words(image, words)` is called while the search goes on, with words as soon as they are
+        certain to stand in the best caption (or, of several that are drawn, in all of them).
+
+        Raises ValueError for images of any other shape or type.
         """
         size = self.encoder_config.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
@@ -95,39 +115,71 @@ class Predictor:
             found = generate(
                 self.captioner,
                 pixels.to(self.device, non_blocking=True),
-                self.search,
-                num_return=1,
+                search or self.search,
+                num_return,
+                seeds,
+                None if on_words is None else self._tell(len(images), on_words),
             )
-        tokens = found.tokens[:, 0].tolist()  # (B, T)
-        log_probs = found.log_probs[:, 0].tolist()  # (B,)
-        attention = found.attention[:, 0].float().cpu().numpy()  # (B, T, N)
-        return [self._caption(*result) for result in zip(tokens, log_probs, attention, strict=True)]
+        tokens = found.tokens.tolist()  # (B, R, T)
+        log_probs = found.log_probs.tolist()  # (B, R)
+        attention = found.attention.float().cpu().numpy()  # (B, R, T, N)
+        return [
+            [
+                self._caption(*one)
+                for one in zip(tokens[image], log_probs[image], attention[image], strict=True)
+                if one[1] != -math.inf  # not a number stays, to be noticed
+            ]
+            for image in range(len(images))
+        ]
 
-    def warm_up(self) -> None:
-        """Caption a blank picture, so that what is slow or broken shows before the first request.
+    def _tell(self, images: int, on_words: Callable[[int, list[str]], None]) -> OnStep:
+        """What turns the search's tokens into words that were not told before."""
+        told = [0] * images
 
-        Raises CheckpointError if the captioner cannot caption it.
+        def on_step(tokens: Tensor, decided: Tensor) -> None:
+            rows, counts = tokens.tolist(), decided.tolist()
+            for image, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                words = self._words(row[told[image] : count])
+                if words:
+                    on_words(image, words)
+                told[image] = max(told[image], count)
+
+        return on_step
+
+    def warm_up(self, max_batch_size: int = 1) -> None:
+        """Caption blank pictures, alone and `max_batch_size` at once, so that what is slow, broken
+        or too large for the device shows before the first request.
+
+        Raises CheckpointError if the captioner cannot caption them.
         """
         size = self.encoder_config.image_size
         try:
-            caption = self.predict(np.full((1, 3, size, size), 128, np.uint8))[0]
+            for batch_size in sorted({1, max_batch_size}):
+                blank = np.full((batch_size, 3, size, size), 128, np.uint8)
+                found = self.predict(blank)
         except (RuntimeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{self.uri}: cannot caption a blank picture: {error}") from error
-        if not math.isfinite(caption.log_prob):
+        if not all(captions and math.isfinite(captions[0].log_prob) for captions in found):
             raise CheckpointError(
-                f"{self.uri}: cannot caption a blank picture: its log-probability is "
-                f"{caption.log_prob}, so there are weights that are not finite; use another "
-                "checkpoint"
+                f"{self.uri}: cannot caption a blank picture: no caption has a finite "
+                "log-probability, so there are weights that are not finite; use another checkpoint"
             )
 
     def _caption(
         self, tokens: list[int], log_prob: float, attention: NDArray[np.float32]
     ) -> Caption:
-        ids = [token for token in tokens if token not in (PAD, END)]
+        words = self._words(tokens)
         rows, columns = self.captioner.encoder.grid
-        grid = attention[: len(ids)].reshape(len(ids), rows, columns)
-        words = [self.vocabulary.words[token] for token in ids]
-        return Caption(self.vocabulary.decode(tokens), log_prob, words, grid)
+        grid = attention[: len(words)].reshape(len(words), rows, columns)
+        text = self.vocabulary.decode(tokens)
+        return Caption(text, log_prob, words, grid, is_whole=END in tokens)
+
+    def _words(self, tokens: list[int]) -> list[str]:
+        return [self.vocabulary.words[token] for token in tokens if token not in (PAD, END)]
+
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, as fractions of a picture's width and height."""
 
 
 def prepare(data: bytes, encoder: EncoderConfig) -> Images:
@@ -135,5 +187,12 @@ def prepare(data: bytes, encoder: EncoderConfig) -> Images:
 
     Raises transforms.ImageError if `data` is not a picture that can be decoded.
     """
+    return prepare_with_box(data, encoder)[0]
+
+
+def prepare_with_box(data: bytes, encoder: EncoderConfig) -> tuple[Images, Box]:
+    """`prepare`, and the part of the upright picture that the encoder sees."""
     pixels: NDArray[Any] = transforms.decode(data)
-    return transforms.to_chw(transforms.fit(pixels, encoder.image_size, encoder.image_fit))
+    height, width = pixels.shape[:2]
+    box = transforms.visible(height, width, encoder.image_fit)
+    return transforms.to_chw(transforms.fit(pixels, encoder.image_size, encoder.image_fit)), box

@@ -27,7 +27,7 @@ def test_a_split_is_captioned_exactly_once_as_the_predictor_does(uri, shards, sc
         row = rows[record["image_id"]]
         assert record["file"] == row["file_name"] and record["error"] is None
         assert record["references"] == row["captions"] and record["objects"] == row["objects"]
-        (caption,) = predictor.predict(predictor.prepare(row["image"])[None])
+        ((caption,),) = predictor.predict(predictor.prepare(row["image"])[None])
         assert record["caption"] == caption.text
         assert record["log_prob"] == pytest.approx(caption.log_prob, abs=1e-3)
 

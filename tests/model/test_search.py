@@ -368,3 +368,80 @@ def test_a_captioner_in_training_mode_is_refused() -> None:
     images = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"captioner.eval\(\)"):
         generate(captioner, images, SearchConfig(), num_return=1)
+
+
+# Words as they are decided --------------------------------------------------------------------
+
+
+def follow(found: Hypotheses, steps: list[tuple[Tensor, Tensor]]) -> int:
+    """Check what the search said on its way; returns how many words it said before the end."""
+    early = 0
+    for image in range(len(found.tokens)):
+        final: list[int] = found.tokens[image, 0].tolist()
+        known = 0
+        for number, (tokens, decided) in enumerate(steps):
+            count = int(decided[image])
+            assert count >= known, "a word was taken back"
+            assert tokens[image, :count].tolist() == (final + [PAD] * count)[:count]
+            known = count
+            early += count if number < len(steps) - 1 else 0
+        assert known >= int(found.lengths[image, 0]), "the last step must decide everything"
+    return early
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("num_return", [1, 3])
+def test_a_word_that_is_decided_stands_in_the_best_caption(penalty: float, num_return: int) -> None:
+    early = 0
+    for seed in range(30):
+        model = toy(seed=seed)
+        steps: list[tuple[Tensor, Tensor]] = []
+        found = beam_search(
+            model.step, model.start(4), max_length=6, length_penalty=penalty,
+            num_return=num_return, on_step=lambda *step, steps=steps: steps.append(step),
+        )  # fmt: skip
+        early += follow(found, steps)
+    assert early > 0, "nothing was ever decided before the end"
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_greedy_and_a_single_sample_decide_a_word_each_step(sampled: bool) -> None:
+    steps: list[tuple[Tensor, Tensor]] = []
+    options: dict[str, Any] = {"max_length": 6, "on_step": lambda *step: steps.append(step)}
+    model = toy()
+    found = (sample if sampled else greedy)(model.step, model.start(1), **options)
+    follow(found, steps)
+    assert [decided.tolist() for _, decided in steps] == [
+        [number + 1] * 3 for number in range(len(steps))
+    ]
+
+
+def test_of_several_samples_only_what_all_share_is_decided() -> None:
+    model = toy()
+    steps: list[tuple[Tensor, Tensor]] = []
+    options: dict[str, Any] = {"on_step": lambda *step: steps.append(step)}
+    found = draw(model, 3, max_length=6, temperature=0.3, **options)
+    for image, count in enumerate(steps[-1][1].tolist()):
+        beginnings = {tuple(tokens[:count].tolist()) for tokens in found.tokens[image]}
+        assert len(beginnings) == 1
+        if count < found.tokens.shape[2]:
+            assert len({tuple(tokens[: count + 1].tolist()) for tokens in found.tokens[image]}) > 1
+
+
+def test_an_images_samples_do_not_depend_on_the_batch() -> None:
+    model = toy()
+
+    def seeded(tables: Tensor, seeds: list[int]) -> Hypotheses:
+        part = Toy(tables)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sample(part.step, part.start(3), max_length=6, generator=generators)
+
+    together = seeded(model.tables, [7, 8, 9])
+    for image, seed in enumerate((7, 8, 9)):
+        alone = seeded(model.tables[image : image + 1], [seed])
+        for rank in range(3):
+            assert words(alone, 0, rank) == words(together, image, rank)
+    other = seeded(model.tables, [1, 2, 3])
+    assert other.tokens.shape != together.tokens.shape or not torch.equal(
+        other.tokens, together.tokens
+    )

@@ -75,19 +75,19 @@ def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 
 def test_pictures_get_different_captions(predictor: Predictor, images: Images) -> None:
     """Else the tests below could not fail."""
-    assert len({caption.text for caption in predictor.predict(images)}) > 2
+    assert len({caption.text for (caption,) in predictor.predict(images)}) > 2
 
 
 def test_a_caption_does_not_depend_on_its_batch(predictor: Predictor, images: Images) -> None:
-    together = predictor.predict(images)
+    together = [caption for (caption,) in predictor.predict(images)]
     for image, caption in zip(images, together, strict=True):
-        (alone,) = predictor.predict(image[None])
+        ((alone,),) = predictor.predict(image[None])
         assert alone.text == caption.text
         assert alone.log_prob == pytest.approx(caption.log_prob, abs=1e-4)
 
 
 def test_log_prob_is_that_of_teacher_forcing(predictor: Predictor, images: Images) -> None:
-    for image, caption in zip(images, predictor.predict(images), strict=True):
+    for image, (caption,) in zip(images, predictor.predict(images), strict=True):
         ids = [predictor.vocabulary.words.index(word) for word in caption.words]
         ended = len(ids) < predictor.search.max_length
         tokens = torch.tensor([[[START, *ids] + [END] * ended]])
@@ -99,7 +99,7 @@ def test_log_prob_is_that_of_teacher_forcing(predictor: Predictor, images: Image
 
 def test_every_word_has_its_attention(predictor: Predictor, images: Images) -> None:
     rows, columns = predictor.captioner.encoder.grid
-    for caption in predictor.predict(images):
+    for (caption,) in predictor.predict(images):
         assert caption.text == " ".join(caption.words)
         assert caption.attention is not None
         assert caption.attention.dtype == np.float32
@@ -111,7 +111,7 @@ def test_search_is_the_checkpoints_unless_another_is_given(images: Images) -> No
     loaded = make_loaded()
     assert Predictor(loaded, CPU).search == loaded.search
     short = Predictor(loaded, CPU, dataclasses.replace(loaded.search, max_length=2))
-    assert all(len(caption.words) <= 2 for caption in short.predict(images))
+    assert all(len(caption.words) <= 2 for (caption,) in short.predict(images))
 
 
 def test_no_pictures_no_captions(predictor: Predictor, images: Images) -> None:
@@ -187,8 +187,8 @@ def test_a_saved_checkpoint_captions_alike(
     for place in (uri, str(run), str(run.parent)):
         again = Predictor.from_uri(place, CPU)
         assert again.uri == uri
-        assert [caption.text for caption in again.predict(images)] == [
-            caption.text for caption in predictor.predict(images)
+        assert [caption.text for (caption,) in again.predict(images)] == [
+            caption.text for (caption,) in predictor.predict(images)
         ]
 
 
@@ -208,7 +208,7 @@ def test_a_gpu_captions_nearly_alike(predictor: Predictor, images: Images) -> No
     on_gpu = Predictor(make_loaded(), torch.device("cuda"))
     on_gpu.warm_up()
     same = 0
-    for ours, theirs in zip(on_gpu.predict(images), predictor.predict(images), strict=True):
+    for (ours,), (theirs,) in zip(on_gpu.predict(images), predictor.predict(images), strict=True):
         if ours.words == theirs.words:
             same += 1
             assert ours.log_prob == pytest.approx(theirs.log_prob, abs=0.3)

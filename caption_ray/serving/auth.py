@@ -1,0 +1,90 @@
+"""Bearer tokens: who may ask for captions."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import time
+from pathlib import Path
+
+TOKENS_VARIABLE = "CAPTION_RAY_TOKENS"
+"""Environment variable with the accepted tokens, separated by commas."""
+
+REREAD_S = 1.0
+"""A changed file counts after so many seconds at most."""
+
+MIN_LENGTH = 16
+"""Shorter tokens could be guessed."""
+
+logger = logging.getLogger("ray.serve")
+
+
+class Tokens:
+    """The accepted tokens: those of $CAPTION_RAY_TOKENS and those of a file, one per line.
+
+    There may be several, so that a new one can be given out before the old one is withdrawn. The
+    file is read again when it changes; if it cannot be, the tokens before stay.
+    """
+
+    def __init__(self, file: str | None) -> None:
+        """Raises ValueError if the file cannot be read or holds none, or a token is too short."""
+        self._fixed = _check(os.environ.get(TOKENS_VARIABLE, "").split(","), f"${TOKENS_VARIABLE}")
+        self._file = Path(file).expanduser() if file else None
+        self._from_file: list[bytes] = []
+        self._stamp: tuple[int, int] | None = None
+        self._looked = time.monotonic()
+        if self._file is not None:
+            try:
+                self._read(self._file)
+            except OSError as error:
+                raise ValueError(
+                    f"tokens_file is {file!r}: {error.strerror}; write tokens into it, one per "
+                    "line, or leave the setting out"
+                ) from error
+
+    @property
+    def required(self) -> bool:
+        """Whether there are any; without, everybody may ask."""
+        return bool(self._fixed) or self._file is not None
+
+    def accept(self, authorization: str | None) -> bool:
+        """Whether the value of an `Authorization` header holds one of the tokens.
+
+        How long this takes tells nothing about them.
+        """
+        self._refresh()
+        scheme, _, token = (authorization or "").partition(" ")
+        given = token.strip().encode(errors="replace")
+        matches = [hmac.compare_digest(given, known) for known in self._fixed + self._from_file]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _refresh(self) -> None:
+        if self._file is None or time.monotonic() - self._looked < REREAD_S:
+            return
+        self._looked = time.monotonic()
+        try:
+            self._read(self._file)
+        except (OSError, ValueError) as error:
+            logger.error(f"The tokens before are still accepted: {self._file}: {error}")
+
+    def _read(self, file: Path) -> None:
+        status = file.stat()
+        stamp = (status.st_mtime_ns, status.st_size)
+        if stamp == self._stamp:
+            return
+        tokens = _check(file.read_text().splitlines(), str(file))
+        if not tokens:
+            raise ValueError(f"{file} holds no token: write some into it, one per line")
+        self._from_file, self._stamp = tokens, stamp
+
+
+def _check(lines: list[str], source: str) -> list[bytes]:
+    tokens = [line.strip().encode() for line in lines if line.strip()]
+    for number, token in enumerate(tokens, 1):
+        if len(token) < MIN_LENGTH:
+            raise ValueError(
+                f"{source}: token {number} has {len(token)} characters: use at least {MIN_LENGTH} "
+                "random ones (openssl rand -hex 32)"
+            )
+    return tokens

@@ -1,0 +1,381 @@
+"""`POST /caption`: for Hugging Face's clients, for curl, for forms and for the page.
+
+The body is a picture, JSON with pictures in base64, or a form with pictures; parameters stand in
+the query string, in the JSON or in the form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from caption_ray.serving.backend import MAX_BEAMS, MAX_LENGTH, MAX_RETURN, Answer, Options
+from caption_ray.serving.errors import Refusal, Strict, documented, explain
+from caption_ray.serving.service import MAX_PICTURES, Service, first_of, unforeseen
+
+MAX_SEED = 2**63 - 1
+
+
+class Generation(Strict):
+    """How captions are generated; what is left out is as the checkpoint says."""
+
+    num_return_sequences: int = Field(default=1, ge=1, le=MAX_RETURN)
+    """Captions of each picture, the best first."""
+
+    num_beams: int | None = Field(default=None, ge=1, le=MAX_BEAMS)
+    """Beams; 1 is greedy. At least `num_return_sequences`, unless words are drawn."""
+
+    max_new_tokens: int | None = Field(default=None, ge=1, le=MAX_LENGTH)
+    """Most words in a caption."""
+
+    length_penalty: float | None = Field(default=None, ge=0, le=5)
+    """Captions are ranked by log-probability / length ** length_penalty."""
+
+    do_sample: bool | None = None
+    """Whether words are drawn at random; true if any of the next three is given."""
+
+    temperature: float | None = Field(default=None, gt=0, le=10)
+    """Words are drawn from softmax(logits / temperature); default 1."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Draw among so many of the likeliest words only."""
+
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Draw among the fewest words that together have this probability."""
+
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """The same seed draws the same captions."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Generation:
+        drawn = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        given = [name for name, value in drawn.items() if value is not None]
+        if self.do_sample is False and given:
+            raise ValueError(f"do_sample is false, so leave out {', '.join(given)}")
+        if not self.samples and self.num_beams is not None:
+            if self.num_beams < self.num_return_sequences:
+                raise ValueError(
+                    f"num_beams is {self.num_beams}, num_return_sequences "
+                    f"{self.num_return_sequences}: there are no more captions than beams"
+                )
+        if self.samples and (self.num_beams or 1) > 1:
+            raise ValueError(f"num_beams is {self.num_beams}: words are either drawn or searched")
+        return self
+
+    @property
+    def samples(self) -> bool:
+        drawn = (self.temperature, self.top_k, self.top_p)
+        return bool(self.do_sample) or any(value is not None for value in drawn)
+
+
+class Parameters(Generation):
+    """Of `POST /caption`, in the query string or in a form."""
+
+    return_attention: bool = False
+    """Whether each caption comes with where its words looked."""
+
+    stream: bool = False
+    """Whether words come as they become certain, as server-sent events: `words` with
+    `{"words": [...]}`, at last `captions` with what would have been the answer, or `error`."""
+
+    format: Literal["list", "object"] = "list"
+    """`object`: the best caption alone, not in a list, as JavaScript clients want it."""
+
+    def options(self) -> Options:
+        temperature = (self.temperature or 1.0) if self.samples else None
+        return Options(
+            num_return=self.num_return_sequences,
+            beam_size=self.num_beams,
+            max_length=self.max_new_tokens,
+            length_penalty=self.length_penalty,
+            temperature=0.0 if self.do_sample is False else temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            attention=self.return_attention,
+        )
+
+
+class JsonParameters(Parameters):
+    """Of `POST /caption`, in JSON."""
+
+    generation_parameters: Generation | None = None
+    """Those of the generation may also stand here, as huggingface_hub puts them."""
+
+    generate_kwargs: Generation | None = None
+    """Another name of the same."""
+
+
+class CaptionRequest(Strict):
+    """Pictures in JSON."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"inputs": "iVBORw0KGgo...", "parameters": {"num_return_sequences": 3}}]
+        },
+    )
+
+    inputs: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PICTURES)] = Field(
+        description="A picture's bytes in base64, or a list of such."
+    )
+    parameters: JsonParameters | None = None
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _texts(cls, inputs: Any) -> Any:
+        texts = inputs if isinstance(inputs, list) else [inputs]
+        if not 1 <= len(texts) <= MAX_PICTURES or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"give a picture in base64 as text, or a list of 1 to {MAX_PICTURES}")
+        return inputs
+
+
+class Attention(BaseModel):
+    """Where the words of a caption looked."""
+
+    rows: int
+    columns: int
+    box: list[float] = Field(
+        description="The part of the upright picture that the grid covers: left, top, right and "
+        "bottom as fractions of its width and height."
+    )
+    weights: list[list[float]] = Field(
+        description="For each word the shares of the grid's cells, row by row; they sum to one."
+    )
+
+
+class GeneratedCaption(BaseModel):
+    generated_text: str
+    log_prob: float = Field(description="Natural logarithm of the caption's probability.")
+    words: list[str] | None = Field(default=None, description="If attention is asked for.")
+    attention: Attention | None = None
+
+
+class Job(NamedTuple):
+    """What a request asks for."""
+
+    pictures: list[bytes]
+    is_list: bool
+    """Whether the answer is a list for each picture."""
+    parameters: Parameters
+
+
+def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
+    """Add the route; returns the models whose schemas it refers to."""
+    ref = "#/components/schemas/CaptionRequest"
+    form = {
+        "type": "object",
+        "required": ["image"],
+        "properties": {
+            "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
+            "parameters": {"type": "string", "description": "As in the JSON body, as text."},
+        },
+    }
+    body = {
+        "required": True,
+        "content": {
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "application/json": {"schema": {"$ref": ref}},
+            "multipart/form-data": {"schema": form},
+        },
+    }
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {
+            "description": "Captions, the best first; a list of these for a list of pictures.",
+            "model": list[GeneratedCaption] | list[list[GeneratedCaption]] | GeneratedCaption,
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        **documented("caption", 400, 401, 408, 413, 415, 422, 429, 500, 503, 504),
+    }
+
+    @app.post(
+        "/caption",
+        tags=["captions"],
+        response_model=None,
+        responses=answers,
+        openapi_extra={"requestBody": body},
+    )
+    async def caption(request: Request, query: Annotated[Parameters, Query()]) -> Response:
+        """Captions of pictures: the body is a picture's bytes, JSON with base64, or a form.
+
+        The header X-Checkpoint names what captioned, X-Batch-Size how many pictures were captioned
+        together.
+        """
+        async with service.body(request) as data:
+            job = await _read(data, request.headers, query)
+            options = job.parameters.options()
+            if job.parameters.stream:
+                parts = service.stream(job.pictures[0], options)
+                _, parts = await first_of(parts)  # until here an error is a status
+                events = _events(parts, request, job)
+                return StreamingResponse(events, media_type="text/event-stream", headers=NO_CACHE)
+            names = (
+                [f"inputs.{number}" for number in range(len(job.pictures))]
+                if job.is_list
+                else ["the picture"]
+            )
+            tasks = [
+                asyncio.create_task(service.caption(picture, options, name))
+                for picture, name in zip(job.pictures, names, strict=True)
+            ]
+            try:
+                answers = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # one is refused, or the client has gone: none need go on
+                    task.cancel()
+        headers = {
+            "X-Checkpoint": answers[0].checkpoint.rsplit("/", 1)[-1],
+            "X-Batch-Size": str(max(answer.batch_size for answer in answers)),
+        }
+        return JSONResponse(_content(answers, job), headers=headers)
+
+    return [CaptionRequest]
+
+
+NO_CACHE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Of streams: or proxies would gather what should come word by word."""
+
+
+def _content(answers: list[Answer], job: Job) -> Any:
+    found: list[Any] = [_captions(answer, job.parameters) for answer in answers]
+    if job.parameters.format == "object":
+        found = [captions[0] for captions in found]
+    return found if job.is_list else found[0]
+
+
+def _captions(answer: Answer, parameters: Parameters) -> list[dict[str, Any]]:
+    captions = []
+    for caption in answer.captions:
+        content: dict[str, Any] = {"generated_text": caption.text, "log_prob": caption.log_prob}
+        if parameters.return_attention:
+            content["words"] = caption.words
+            content["attention"] = None
+            if caption.attention is not None:
+                words, rows, columns = caption.attention.shape
+                weights = caption.attention.reshape(words, rows * columns).astype(float).round(6)
+                content["attention"] = {
+                    "rows": rows,
+                    "columns": columns,
+                    "box": list(answer.box),
+                    "weights": weights.tolist(),
+                }
+        captions.append(content)
+    return captions
+
+
+async def _events(
+    parts: AsyncIterator[list[str] | Answer], request: Request, job: Job
+) -> AsyncIterator[str]:
+    try:
+        async for part in parts:
+            if isinstance(part, Answer):
+                yield _event("captions", _content([part], job))
+            else:
+                yield _event("words", {"words": part})
+    except Refusal as refusal:
+        yield _event("error", {**refusal.content("caption"), "status": refusal.status})
+    except Exception:
+        yield _event("error", {**unforeseen(request.scope).content("caption"), "status": 500})
+
+
+def _event(name: str, data: Any) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+# Bodies ---------------------------------------------------------------------------------------
+
+
+async def _read(data: bytes, headers: Headers, query: Parameters) -> Job:
+    """What the body and the query ask for. Raises Refusal."""
+    kind = headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        job = await _read_form(data, headers, query)
+    elif kind == "application/json" or data[:1] == b"{":  # no picture begins like that
+        job = await asyncio.to_thread(_read_json, data, query)
+    else:
+        job = Job([data], False, query)
+    if job.parameters.stream and job.is_list:
+        raise Refusal(400, "validation", "stream is true: send one picture", field="stream")
+    return job
+
+
+def _read_json(data: bytes, query: Parameters) -> Job:
+    try:
+        request = CaptionRequest.model_validate_json(data)
+    except ValidationError as error:
+        raise explain(error, CaptionRequest) from error
+    is_list = isinstance(request.inputs, list)
+    inputs = request.inputs if isinstance(request.inputs, list) else [request.inputs]
+    pictures = [
+        decode_base64(text, f"inputs.{number}" if is_list else "inputs")
+        for number, text in enumerate(inputs)
+    ]
+    return Job(pictures, is_list, _merge(request.parameters, query))
+
+
+async def _read_form(data: bytes, headers: Headers, query: Parameters) -> Job:
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield data
+
+    parser = MultiPartParser(headers, stream(), max_files=MAX_PICTURES, max_fields=1)
+    parser.spool_max_size = len(data)  # stays in memory: nothing that is uploaded is stored
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise Refusal(400, "validation", f"the form cannot be read: {error}") from error
+    unknown = sorted(set(form) - {"image", "parameters"})
+    if unknown:
+        message = f"{unknown[0]} is no field of the form: valid are image and parameters"
+        raise Refusal(400, "validation", message, field=unknown[0])
+    files = [file for file in form.getlist("image") if isinstance(file, UploadFile)]
+    if not files or len(files) != len(form.getlist("image")):
+        message = "image is missing, or no file: send pictures as files named image"
+        raise Refusal(400, "validation", message, field="image")
+    text = form.get("parameters")
+    try:
+        own = JsonParameters.model_validate_json(str(text)) if text is not None else None
+    except ValidationError as error:
+        raise explain(error, JsonParameters, "parameters") from error
+    pictures = [await file.read() for file in files]
+    return Job(pictures, len(pictures) > 1, _merge(own, query))
+
+
+def _merge(own: JsonParameters | None, query: Parameters) -> Parameters:
+    """Parameters of the body, those nested in it, and those of the query string."""
+    if own is None:
+        return query
+    sources: list[BaseModel] = [query, own]
+    sources += [part for part in (own.generation_parameters, own.generate_kwargs) if part]
+    merged: dict[str, Any] = {}
+    for source in sources:
+        for name in source.model_fields_set - {"generation_parameters", "generate_kwargs"}:
+            value = getattr(source, name)
+            if merged.get(name, value) != value:
+                message = f"{name} is both {merged[name]!r} and {value!r}: say it once"
+                raise Refusal(400, "validation", message, field=name)
+            merged[name] = value
+    try:
+        return Parameters.model_validate(merged)
+    except ValidationError as error:
+        raise explain(error, Parameters, "parameters") from error
+
+
+def decode_base64(text: str, field: str) -> bytes:
+    """Raises Refusal, which names the field."""
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refusal(400, "validation", f"{field} is no base64: {error}", field=field) from error
+    if not data:
+        message = f"{field} is '': give the bytes of a picture in base64"
+        raise Refusal(400, "validation", message, field=field)
+    return data

@@ -1,0 +1,351 @@
+"""The deployment that owns a device: it captions pictures in batches, and changes its checkpoint
+between two of them without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray.serve import metrics
+
+from caption_ray.config import EncoderConfig, SearchConfig
+from caption_ray.serving.backend import Answer, Options
+from caption_ray.serving.batching import Batcher, QueueFullError
+from caption_ray.serving.predictor import Caption, Images, Predictor
+from caption_ray.training import checkpoint
+from caption_ray.training.checkpoint import CheckpointError
+
+HANG_S = 60.0
+"""Seconds after which a batch that still runs means that the device hangs."""
+
+logger = logging.getLogger("ray.serve")
+
+
+class Serving(BaseModel):
+    """`user_config` of the Captioner in serve_config.yaml: may be changed while it serves."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    checkpoint: str = Field(min_length=1)
+    """`latest` or `best` of the run in `storage` that was written to last, or the URI of a
+    checkpoint or run."""
+
+    storage: str = Field(min_length=1)
+    """URI of the folder that holds all runs, or of one run."""
+
+    follow_interval_s: float | None = Field(gt=0)
+    """Seconds between looks for a newer checkpoint, which then takes the place of the one that is
+    served; null: only when this setting changes. A checkpoint's own URI never gets newer."""
+
+    def find(self) -> str:
+        """The checkpoint that is meant now. Raises CheckpointError if there is none."""
+        if self.checkpoint in checkpoint.POINTERS:
+            return checkpoint.find(self.storage, self.checkpoint)  # type: ignore[arg-type]
+        return checkpoint.find(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Outdated:
+    """The picture was prepared for another model: prepare it for this one and come again."""
+
+    encoder: EncoderConfig
+
+
+@dataclass(frozen=True)
+class Full:
+    """The queue is full."""
+
+    retry_after: int
+    """Seconds."""
+
+
+Reply = Answer | Outdated | Full
+"""These are returned, not raised: Ray logs what a replica raises, with its stack."""
+
+
+class _Key(NamedTuple):
+    """Pictures of which these are equal are captioned together."""
+
+    search: SearchConfig
+    num_return: int
+
+
+class _Item:
+    """A picture that waits."""
+
+    def __init__(
+        self, image: Images, options: Options, on_words: Callable[[list[str]], None] | None
+    ) -> None:
+        self.image, self.options, self.on_words = image, options, on_words
+        self.told = 0
+
+    def tell(self, start: int, words: list[str]) -> None:
+        """Pass on `words`, the caption's from number `start` on, except those told before: a batch
+        that failed is run again."""
+        assert self.on_words is not None
+        new = words[max(0, self.told - start) :]
+        if new:
+            self.told = start + len(words)
+            self.on_words(new)
+
+
+class Captioner:
+    """One device: captions prepared pictures, as many at once as have come in."""
+
+    def __init__(
+        self,
+        fallback: str,
+        cpu_threads: int | None,
+        max_batch_size: int,
+        batch_wait_timeout_s: float,
+        max_queue_s: float,
+        max_queue: int,
+    ) -> None:
+        """`fallback` is the URI of a checkpoint to serve if, at the start, `user_config` names none
+        that can be; the rest is explained in `Arguments`. What is served comes by `reconfigure`,
+        which Ray calls next."""
+        self.fallback = fallback
+        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+        self.device = torch.device("cuda" if has_gpu else "cpu")
+        if not has_gpu:
+            # Ray would give it as many as it has CPUs reserved, here one.
+            torch.set_num_threads(cpu_threads or os.cpu_count() or 1)
+        self.max_batch_size = max_batch_size
+        self.batcher: Batcher[_Key, _Item, Answer | Outdated] = Batcher(
+            self._run,
+            max_batch_size=max_batch_size,
+            wait_s=batch_wait_timeout_s,
+            max_queue_s=max_queue_s,
+            max_queue=max_queue,
+        )
+        self.predictor: Predictor | None = None
+        self.serving: Serving | None = None
+        self.refused: dict[str, str] | None = None
+        self.loader = ThreadPoolExecutor(1)  # one change at a time, beside the batches
+        self.follower: asyncio.Task[None] | None = None
+        self.batch_sizes = metrics.Histogram(
+            "caption_ray_batch_size",
+            description="Pictures captioned together.",
+            boundaries=[1, 2, 4, 8, 16, 32, 64],
+        )
+        self.batch_seconds = metrics.Histogram(
+            "caption_ray_batch_seconds",
+            description="Time on the device for a batch.",
+            boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10],
+        )
+        self.waiting = metrics.Gauge(
+            "caption_ray_waiting_pictures", description="Pictures that wait for the device."
+        )
+        self.changes = metrics.Counter(
+            "caption_ray_checkpoint_changes",
+            description="Checkpoints that were taken into service or refused.",
+            tag_keys=("result",),
+        )
+
+    # Captions -----------------------------------------------------------------------------------
+
+    async def __call__(self, image: Images, encoder: EncoderConfig, options: Options) -> Reply:
+        """The captions of one picture that was prepared for `encoder`."""
+        return await self._submit(image, encoder, options, None)
+
+    async def stream(
+        self, image: Images, encoder: EncoderConfig, options: Options
+    ) -> AsyncIterator[list[str] | Reply]:
+        """Words as they become certain, then what `__call__` gives."""
+        loop = asyncio.get_running_loop()
+        words: asyncio.Queue[list[str] | None] = asyncio.Queue()
+
+        def on_words(new: list[str]) -> None:  # called by the device's thread
+            loop.call_soon_threadsafe(words.put_nowait, new)
+
+        task = loop.create_task(self._submit(image, encoder, options, on_words))
+        task.add_done_callback(lambda _: words.put_nowait(None))
+        try:
+            while (new := await words.get()) is not None:
+                yield new
+            yield await task
+        finally:
+            task.cancel()
+
+    async def _submit(
+        self,
+        image: Images,
+        encoder: EncoderConfig,
+        options: Options,
+        on_words: Callable[[list[str]], None] | None,
+    ) -> Reply:
+        assert self.predictor is not None
+        if not _same_input(encoder, self.predictor.encoder_config):
+            return Outdated(self.predictor.encoder_config)
+        key = _Key(options.search(self.predictor.search), options.num_return)
+        try:
+            reply, batch_size = await self.batcher.submit(key, _Item(image, options, on_words))
+        except QueueFullError as error:
+            return Full(error.retry_after)
+        if isinstance(reply, Answer):
+            reply = dataclasses.replace(reply, batch_size=batch_size)
+        return reply
+
+    def _run(self, key: _Key, items: Sequence[_Item]) -> list[Answer | Outdated]:
+        """On the device's thread."""
+        predictor = self.predictor  # the same for the whole batch, whatever comes meanwhile
+        assert predictor is not None
+        size = predictor.encoder_config.image_size
+        if any(item.image.shape != (3, size, size) for item in items):
+            return [Outdated(predictor.encoder_config) for _ in items]
+        start = time.perf_counter()
+        found = predictor.predict(
+            np.stack([item.image for item in items]),
+            key.search,
+            key.num_return,
+            [item.options.seed for item in items],
+            _teller(items) if any(item.on_words for item in items) else None,
+        )
+        self.batch_seconds.observe(time.perf_counter() - start)
+        self.batch_sizes.observe(len(items))
+        self.waiting.set(self.batcher.num_waiting)
+        rows, columns = predictor.captioner.encoder.grid
+        return [
+            Answer(
+                captions if item.options.attention else [_without_attention(c) for c in captions],
+                predictor.uri,
+                batch_size=len(items),
+                box=(0.0, 0.0, 1.0, 1.0),
+                regions=rows * columns,
+            )
+            for item, captions in zip(items, found, strict=True)
+        ]
+
+    # The checkpoint -----------------------------------------------------------------------------
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve what `user_config` (see `Serving`) says.
+
+        A checkpoint is loaded beside the one that is served, captions a picture, and then takes its
+        place between two batches. One that cannot is refused: the old one goes on, and `info` says
+        why. Raises CheckpointError only if there is no old one, nor a fallback.
+        """
+        if self.follower is not None:
+            self.follower.cancel()
+        try:
+            self.serving = Serving.model_validate(user_config)
+        except ValidationError as error:
+            self._refuse(str(user_config), f"user_config of the Captioner: {error}")
+        else:
+            await self._serve(self.serving)
+        if self.predictor is None:
+            assert self.refused is not None
+            try:
+                await self._load(self.fallback)
+            except (ValueError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.refused['checkpoint']} cannot be served: {self.refused['error']}; "
+                    f"nor can {self.fallback}: {error}"
+                ) from error
+        if self.serving is not None and self.serving.follow_interval_s is not None:
+            self.follower = asyncio.get_running_loop().create_task(self._follow(self.serving))
+
+    async def _follow(self, serving: Serving) -> None:
+        while True:
+            await asyncio.sleep(serving.follow_interval_s or 0)
+            await self._serve(serving, again=False)
+
+    async def _serve(self, serving: Serving, again: bool = True) -> None:
+        """Serve what is meant now, if it is not served already and can be. What was refused before
+        is only tried `again` if asked to."""
+        loop = asyncio.get_running_loop()
+        uri = serving.checkpoint
+        try:
+            uri = await loop.run_in_executor(self.loader, serving.find)
+            if self.refused is not None and self.refused["checkpoint"] == uri and not again:
+                return
+            if self.predictor is None or self.predictor.uri != uri:
+                await self._load(uri)
+            self.refused = None
+        except (ValueError, OSError, RuntimeError) as error:
+            self._refuse(uri, str(error))
+
+    async def _load(self, uri: str) -> None:
+        def load() -> Predictor:
+            predictor = Predictor.from_uri(uri, self.device)
+            predictor.warm_up(self.max_batch_size)
+            return predictor
+
+        predictor = await asyncio.get_running_loop().run_in_executor(self.loader, load)
+        self.predictor = predictor
+        self.changes.inc(tags={"result": "served"})
+        logger.info(f"Captioning with {uri} on {self.device}")
+
+    def _refuse(self, uri: str, error: str) -> None:
+        if self.refused is None or self.refused["error"] != error:  # once, if it is followed
+            logger.error(f"Checkpoint {uri} is refused, the one before serves on: {error}")
+            self.changes.inc(tags={"result": "refused"})
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            self.refused = {"checkpoint": uri, "error": error, "time": now}
+
+    # State --------------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """Of the model and the checkpoint that this captioner serves."""
+        assert self.predictor is not None
+        return describe(self.predictor, self.refused)
+
+    def check_health(self) -> None:
+        """Ray replaces a captioner whose device hangs, although it answers."""
+        if self.batcher.busy_s > HANG_S:
+            raise RuntimeError(f"a batch has been running for {self.batcher.busy_s:.0f} s")
+
+
+def describe(predictor: Predictor, refused: dict[str, str] | None) -> dict[str, Any]:
+    """What `/info` says of a predictor; `refused` is what was last not taken into service."""
+    state, model = predictor.state, predictor.model_config
+    return {
+        "model": {
+            "encoder": model.encoder.name,
+            "decoder": model.decoder.name,
+            "image_size": model.encoder.image_size,
+            "vocabulary": len(predictor.vocabulary),
+            "parameters": sum(p.numel() for p in predictor.captioner.parameters()),
+            "device": str(predictor.device),
+        },
+        "checkpoint": {
+            "uri": predictor.uri,
+            "step": state.step,
+            "epoch": state.epoch,
+            "metrics": state.metrics,
+            "refused": refused,
+        },
+        "search": dataclasses.asdict(predictor.search),
+    }
+
+
+def _same_input(one: EncoderConfig, other: EncoderConfig) -> bool:
+    """Whether both want pictures prepared in the same way."""
+    return (one.image_size, one.image_fit) == (other.image_size, other.image_fit)
+
+
+def _without_attention(caption: Caption) -> Caption:
+    return dataclasses.replace(caption, attention=None)
+
+
+def _teller(items: Sequence[_Item]) -> Callable[[int, list[str]], None]:
+    told = [0] * len(items)
+
+    def on_words(image: int, words: list[str]) -> None:
+        if items[image].on_words is not None:
+            items[image].tell(told[image], words)
+        told[image] += len(words)
+
+    return on_words

@@ -1,0 +1,134 @@
+"""Every answer that is no caption: a status, a kind and a message, in each API's own form."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import JSONResponse
+
+Family = Literal["caption", "chat"]
+"""Whose clients read the answer: Hugging Face's (and everybody else), or OpenAI's (`/v1`)."""
+
+CHAT_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class Refusal(Exception):
+    """An answer other than a caption."""
+
+    def __init__(
+        self,
+        status: int,
+        error_type: str,
+        message: str,
+        *,
+        field: str | None = None,
+        retry_after: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.error_type, self.message = status, error_type, message
+        self.field = field
+        """What in the request is wrong."""
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(retry_after)
+
+    def content(self, family: Family) -> dict[str, Any]:
+        """The body: huggingface_hub wants `error` to be a string, openai an object."""
+        if family == "caption":
+            return {"error": self.message, "error_type": self.error_type}
+        fallback = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {
+            "message": self.message,
+            "type": CHAT_TYPES.get(self.status, fallback),
+            "param": self.field,
+            "code": self.error_type,
+        }
+        return {"error": error}
+
+    def response(self, family: Family) -> JSONResponse:
+        headers = dict(self.headers)
+        if family == "chat" and self.status < 500 and self.status not in (408, 429):
+            headers["x-should-retry"] = "false"  # nothing would change
+        return JSONResponse(self.content(family), self.status, headers)
+
+
+class Error(BaseModel):
+    """An error, as Hugging Face's clients read it."""
+
+    error: str = Field(description="What is wrong and what to do, for a person.")
+    error_type: str = Field(description="Its kind, for a program.")
+
+
+class ChatErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ChatError(BaseModel):
+    """An error, as OpenAI's clients read it."""
+
+    error: ChatErrorDetails
+
+
+KINDS = {
+    400: "The request does not make sense; the message names the field, its value and the bound.",
+    401: "No valid token in `Authorization: Bearer`.",
+    404: "There is no such model.",
+    408: "The body came too slowly.",
+    413: "The body is too large.",
+    415: "Not a picture in an accepted format.",
+    422: "A picture that is damaged or has too many pixels.",
+    429: "Too much to do; try again after `Retry-After` seconds.",
+    500: "Unforeseen; the log has the stack under the request id.",
+    503: "No captioner can be reached; try again.",
+    504: "The captioner took too long.",
+}
+
+
+def documented(family: Family, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What FastAPI writes into openapi.json about these."""
+    model = Error if family == "caption" else ChatError
+    return {status: {"model": model, "description": KINDS[status]} for status in statuses}
+
+
+class Strict(BaseModel):
+    """A model that refuses fields it does not have."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> Refusal:
+    """The first of the problems of `model`: the field, its value, what is wrong and, of an unknown
+    field, which ones are valid."""
+    return refuse_field(error.errors(include_url=False)[0], model, prefix)
+
+
+def refuse_field(problem: Any, model: type[BaseModel] | None = None, prefix: str = "") -> Refusal:
+    """A problem as pydantic describes it."""
+    path = [str(part) for part in problem["loc"] if part not in ("query", "path")]
+    field = ".".join([prefix] * bool(prefix) + path) or "the body"
+    value = repr(problem.get("input"))
+    shown = value if len(value) <= 100 else f"{value[:100]}..."
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden" and model is not None:
+        message = f"unknown; valid: {', '.join(_fields(model, path[:-1]))}"
+    return Refusal(400, "validation", f"{field} is {shown}: {message}", field=field)
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The fields of the model at `path` below another."""
+    for part in path:
+        field = model.model_fields.get(part)
+        below = _models_in(field.annotation) if field is not None else []
+        model = below[0] if below else model
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

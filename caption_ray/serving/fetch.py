@@ -1,0 +1,278 @@
+"""Pictures by URL, from an allow-list only, without a way into the operator's own network.
+
+An entry of the list is a host name (`images.example.org`), all subdomains of one (`.example.org`),
+or a literal IP address (`10.0.0.5`, `[::1]`), each optionally with `:port`; else only the scheme's
+own port is allowed. A name must resolve to public addresses alone (one private among them refuses
+it), and those that were checked are connected to, so that DNS cannot answer differently later. A
+literal address may be private, but the URL must name it. Redirects pass the same checks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from http.client import HTTPException
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Literal, NamedTuple
+from urllib.parse import urljoin
+
+from urllib3.connection import HTTPConnection
+from urllib3.exceptions import HTTPError, ReadTimeoutError
+from urllib3.util import Url, parse_url
+
+REDIRECTS = 3
+"""How many are followed."""
+
+CHUNK = 1 << 16
+"""Bytes read at once."""
+
+PORTS = {"http": 80, "https": 443}
+FORMS = "images.example.org, .example.org (its subdomains), 10.0.0.5 or [::1], each also with :port"
+
+GLOBAL_UNICAST = ip_network("2000::/3")  # all of IPv6 that has been given out
+NAT64 = ip_network("64:ff9b::/96")  # the way to IPv4 where there is IPv6 only
+# global for (some versions of) Python, but: Azure's host agent, protocol assignments with other
+# clouds' agents among them, and tunnels between IPv6 and IPv4 that have been retired
+INTERNAL = [
+    ip_network(net) for net in ("168.63.129.16", "192.0.0.0/24", "192.88.99.0/24", "2002::/16")
+]
+
+Kind = Literal["refused", "failed", "too_large", "timeout"]
+
+
+class FetchError(Exception):
+    """A URL that must not (`refused`) or cannot be fetched; its message is fit for the client."""
+
+    def __init__(self, kind: Kind, message: str) -> None:
+        super().__init__(message)
+        self.kind: Kind = kind
+
+
+class _Entry(NamedTuple):
+    host: str | IPv4Address | IPv6Address
+    is_suffix: bool
+    port: int | None
+
+
+class _Target(NamedTuple):
+    scheme: str
+    host: str | IPv4Address | IPv6Address
+    port: int
+    path: str
+
+    def __str__(self) -> str:
+        """As in the header Host; path and query may hold secrets."""
+        host = f"[{self.host}]" if isinstance(self.host, IPv6Address) else str(self.host)
+        return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+def check_allow_list(allow: Sequence[str]) -> None:
+    """Raises ValueError, naming the entry and the accepted forms, if an entry has none of them."""
+    for entry in allow:
+        _read_entry(entry)
+
+
+def fetch(url: str, allow: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
+    """The body, of at most `max_bytes`, that is found at `url`; FetchError if there is none.
+
+    Blocks for `timeout_s` seconds at most, from DNS to the last byte. Takes no proxies and no
+    credentials from the environment.
+    """
+    deadline = time.monotonic() + timeout_s
+    entries = [_read_entry(entry) for entry in allow]
+    target = _check(url, "", entries)
+    for _ in range(REDIRECTS + 1):
+        answer = _get(target, max_bytes, deadline)
+        if isinstance(answer, bytes):
+            return answer
+        following = _check(answer, f"{target.scheme}://{target}{target.path}", entries)
+        if (target.scheme, following.scheme) == ("https", "http"):
+            raise FetchError("refused", f"{target} redirects from https to http")
+        target = following
+    raise FetchError("failed", f"{target}: more than {REDIRECTS} redirects")
+
+
+# Checks ---------------------------------------------------------------------------------------
+
+
+def _read_entry(entry: str) -> _Entry:
+    is_suffix = entry.startswith(".")
+    try:
+        url = parse_url(f"http://{entry.removeprefix('.')}")
+        if url != Url("http", host=url.host, port=url.port) or url.port == 0:
+            raise ValueError("more than a host and a port")
+        host = _read_host(url.host)
+        if is_suffix and not isinstance(host, str):
+            raise ValueError("an address has no subdomains")
+    except ValueError as error:
+        raise ValueError(f"{entry!r} on the allow-list: {error}; give {FORMS}") from None
+    return _Entry(host, is_suffix, url.port)
+
+
+def _read_host(host: str | None) -> str | IPv4Address | IPv6Address:
+    """What `parse_url` found (lower case, IDNA) as an address, or a name without a final dot."""
+    host = (host or "").removesuffix(".")
+    if host.startswith("[") and "%" not in host:
+        return IPv6Address(host[1:-1])
+    labels = host.split(".")
+    if len(host) > 253 or not all(re.fullmatch(r"[a-z0-9_-]{1,63}", label) for label in labels):
+        raise ValueError("not a host name")
+    if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", labels[-1]):
+        return IPv4Address(host)  # resolvers take 127.1, 0x7f.1 and 2130706433 for addresses, too
+    return host
+
+
+def _check(url: str, base: str, entries: Sequence[_Entry]) -> _Target:
+    try:
+        if re.search(r"[\x00-\x1f\x7f\\]", url):  # dropped by some parsers, the end for others
+            raise ValueError("a control character or a backslash")
+        parts = parse_url(urljoin(base, url))
+        if parts.scheme not in PORTS:
+            raise FetchError("refused", "only URLs of http and https are fetched")
+        host = _read_host(parts.host)
+    except ValueError as error:
+        raise FetchError("refused", "not a valid URL of http or https") from error
+    port = PORTS[parts.scheme] if parts.port is None else parts.port
+    target = _Target(parts.scheme, host, port, parts.request_uri)
+    if parts.auth is not None:
+        raise FetchError("refused", f"{target}: a URL with user or password is not fetched")
+    for entry in entries:
+        is_host = host == entry.host
+        if entry.is_suffix:
+            is_host = isinstance(host, str) and host.endswith(f".{entry.host}")
+        if is_host and port == (entry.port or PORTS[parts.scheme]):
+            return target
+    raise FetchError("refused", f"{target} is no host that pictures are fetched from")
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped or address in NAT64:
+            return _is_public(IPv4Address(int(address) & 0xFFFFFFFF))
+        if address not in GLOBAL_UNICAST:
+            return False
+    is_internal = any(address in network for network in INTERNAL)
+    return address.is_global and not address.is_multicast and not is_internal
+
+
+# Network --------------------------------------------------------------------------------------
+
+
+def resolve(host: str) -> list[str]:
+    """The addresses of a host, best first; OSError if it has none."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _remaining(deadline: float) -> float:
+    """Seconds; TimeoutError if none are left."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+def _addresses(host: str | IPv4Address | IPv6Address, deadline: float) -> list[str]:
+    if not isinstance(host, str):
+        return [str(host)]
+    answer: Future[list[str]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(resolve(host))
+        except Exception as error:
+            answer.set_exception(error)
+
+    # getaddrinfo takes no timeout: a thread that is left behind ends when the resolver gives up
+    threading.Thread(target=ask, daemon=True).start()
+    addresses = answer.result(_remaining(deadline))
+    if not all(_is_public(ip_address(address)) for address in addresses):
+        raise FetchError("refused", f"{host} is not at public addresses alone")
+    return addresses
+
+
+@functools.cache  # it reads all the system's certificates
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _connect(target: _Target, deadline: float) -> socket.socket:
+    addresses = _addresses(target.host, deadline)
+    for left in range(len(addresses), 0, -1):
+        try:  # one that does not answer leaves time for the others
+            share = _remaining(deadline) / left
+            sock = socket.create_connection((addresses[-left], target.port), share)
+            break
+        except OSError:
+            if left == 1:
+                raise
+    if target.scheme == "http":
+        return sock
+    with sock:  # once wrapped, it is empty and closing it does nothing
+        sock.settimeout(_remaining(deadline))
+        return _tls().wrap_socket(sock, server_hostname=str(target.host))
+
+
+@contextlib.contextmanager
+def _cut_at(deadline: float, sock: socket.socket) -> Iterator[None]:
+    """Ends the connection at the deadline; a socket's own timeout starts anew at every byte."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):  # it has ended already
+            # not SSLSocket.shutdown, which drops the encryption while another thread reads
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    timer = threading.Timer(_remaining(deadline), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _get(target: _Target, max_bytes: int, deadline: float) -> bytes | str:
+    """The body, or where `target` redirects to."""
+    try:
+        with _connect(target, deadline) as sock, _cut_at(deadline, sock):
+            connection = HTTPConnection(str(target.host), timeout=_remaining(deadline))
+            connection.sock, connection.auto_open = sock, 0  # it must not connect by itself
+            headers = {"Host": str(target), "User-Agent": "caption-ray"}
+            headers["Accept-Encoding"] = "identity"
+            connection.request(
+                "GET", target.path, headers=headers, preload_content=False, decode_content=False
+            )
+            with connection.getresponse() as response:
+                location = response.get_redirect_location()
+                if location:
+                    return location
+                if response.status != 200:
+                    raise FetchError("failed", f"{target} answers {response.status}")
+                too_large = FetchError("too_large", f"{target} sends more than {max_bytes} bytes")
+                if (response.length_remaining or 0) > max_bytes:
+                    raise too_large
+                body = bytearray()
+                # not stream(), which takes lines of any length between chunks
+                while chunk := response.read(CHUNK, decode_content=False):
+                    body += chunk
+                    if len(body) > max_bytes:
+                        raise too_large
+                    _remaining(deadline)
+                _remaining(deadline)  # without a length, a body that was cut seems complete
+                return bytes(body)
+    except ssl.SSLCertVerificationError as error:
+        message = f"{target} has no valid certificate: {error.verify_message}"
+        raise FetchError("failed", message) from error
+    except (OSError, HTTPException, HTTPError, FutureTimeoutError) as error:
+        timeouts = (TimeoutError, ReadTimeoutError, FutureTimeoutError)
+        if isinstance(error, timeouts) or time.monotonic() >= deadline:
+            raise FetchError("timeout", f"{target} does not answer in time") from error
+        raise FetchError("failed", f"{target} cannot be reached or breaks off") from error

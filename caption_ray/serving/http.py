@@ -1,0 +1,271 @@
+"""The HTTP application, on any `Backend`: limits, tokens, probes, documentation and the page.
+
+What it understands is in caption_api.py (Hugging Face's clients, curl, the page) and chat_api.py
+(OpenAI's clients); how it says no, in errors.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import logging
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from PIL import Image
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from caption_ray import storage
+from caption_ray.data import shapes, transforms
+from caption_ray.serving import caption_api, chat_api
+from caption_ray.serving.auth import Tokens
+from caption_ray.serving.backend import Backend
+from caption_ray.serving.errors import Family, Refusal, documented, refuse_field
+from caption_ray.serving.service import Service, Settings, header, unforeseen
+
+OPEN_PATHS = ("/livez", "/readyz", "/", "/docs", "/openapi.json", "/static-offline-docs")
+"""What needs no token: probes, and what only says how to ask."""
+
+MAX_EXAMPLES = 4
+"""Pictures to try that the page shows."""
+
+logger = logging.getLogger("ray.serve")
+
+
+def build_http(backend: Backend, settings: Settings) -> FastAPI:
+    """The HTTP application.
+
+    Raises ValueError if the tokens, examples or allow-list cannot be what the settings say.
+    """
+    app = FastAPIOffline(
+        title="caption_ray",
+        description="Captions for pictures. Every answer has the header X-Request-ID.",
+        redoc_url=None,
+    )
+    service = Service(backend, settings)
+    tokens = Tokens(settings.tokens_file)
+    app.add_middleware(_Authorize, tokens=tokens)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    app.add_middleware(_Unforeseen)  # the outermost, so that it sees all
+
+    @app.exception_handler(Refusal)
+    async def refuse(request: Request, refusal: Refusal) -> Response:
+        return refusal.response(_family(request.scope))
+
+    @app.exception_handler(HTTPException)
+    async def refuse_path(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        headers = dict(error.headers or {})
+        refusal = Refusal(error.status_code, "validation", message, headers=headers)
+        return refusal.response(_family(request.scope))
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_query(request: Request, error: RequestValidationError) -> Response:
+        return refuse_field(error.errors()[0], caption_api.Parameters).response(
+            _family(request.scope)
+        )
+
+    @app.get("/livez", tags=["probes"])
+    async def livez() -> dict[str, str]:
+        """Whether the server runs."""
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["probes"], responses=documented("caption", 503))
+    async def readyz() -> dict[str, str]:
+        """Whether pictures can be captioned. `asleep`: yes, once a captioner has been started."""
+        status = await backend.status()
+        if status == "starting":
+            raise Refusal(503, "unavailable", "no captioner is ready", retry_after=1)
+        return {"status": status}
+
+    @app.get("/info", tags=["about"], responses=documented("caption", 401))
+    async def info() -> dict[str, Any]:
+        """The model, its checkpoint, the last checkpoint that was refused, and the limits."""
+        return {**await backend.info(), "limits": service.limits}
+
+    _add_page(app, settings.examples)
+    schemas = [*caption_api.add(app, service), *chat_api.add(app, service)]
+    app.openapi = partial(_openapi, app, schemas, tokens.required)  # type: ignore[method-assign]
+    return app
+
+
+# The page -------------------------------------------------------------------------------------
+
+
+def _add_page(app: FastAPI, examples: str | None) -> None:
+    html = (Path(__file__).parent / "page" / "index.html").read_text()
+    policy = _content_security_policy(html)
+    pictures = _drawn_scenes() if examples is None else _pictures_in(examples)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        return Response(html, media_type="text/html", headers=headers)
+
+    @app.get("/examples", include_in_schema=False)
+    async def list_examples() -> dict[str, list[dict[str, str]]]:
+        return {"examples": [{"name": name, "url": f"examples/{name}"} for name in pictures]}
+
+    @app.get("/examples/{name}", include_in_schema=False)
+    async def example(name: str) -> Response:
+        if name not in pictures:
+            raise HTTPException(404)
+        kind = Image.MIME.get(str(Image.open(io.BytesIO(pictures[name])).format))
+        return Response(pictures[name], media_type=kind)
+
+
+def _content_security_policy(html: str) -> str:
+    """Nothing but the page's own style and script runs, and it talks to this server only."""
+
+    def digests(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in found)
+        return " ".join(f"'sha256-{digest.decode()}'" for digest in hashes)
+
+    return (
+        f"default-src 'none'; style-src {digests('style')}; script-src {digests('script')}; "
+        "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+
+
+def _drawn_scenes() -> dict[str, bytes]:
+    """Scenes of the embedded data set, as PNG by name."""
+    pictures = {}
+    for number in range(MAX_EXAMPLES):
+        buffer = io.BytesIO()
+        shapes.draw(shapes.scene("val", number, seed=0)).save(buffer, "PNG")
+        pictures[f"scene-{number + 1}.png"] = buffer.getvalue()
+    return pictures
+
+
+def _pictures_in(folder: str) -> dict[str, bytes]:
+    """The first pictures in a folder or bucket prefix, by name."""
+    uri = storage.resolve(folder)
+    names = sorted(storage.list_files(uri))[:MAX_EXAMPLES]
+    if not names:
+        raise ValueError(f"examples is {folder!r}: there are no files; name a folder of pictures")
+    pictures = {}
+    for name in names:
+        data = storage.read_bytes(storage.join(uri, name))
+        try:
+            transforms.image_size(data)
+        except transforms.ImageError as error:
+            raise ValueError(f"examples is {folder!r}: {name} is no picture: {error}") from error
+        pictures[name] = data
+    return pictures
+
+
+# OpenAPI --------------------------------------------------------------------------------------
+
+
+def _openapi(app: FastAPI, schemas: list[type[BaseModel]], tokens: bool) -> dict[str, Any]:
+    """FastAPI's, with the schemas of the bodies that the APIs read themselves."""
+    if app.openapi_schema is None:
+        described = FastAPI.openapi(app)
+        _, definitions = models_json_schema(
+            [(schema, "validation") for schema in schemas],
+            ref_template="#/components/schemas/{model}",
+        )
+        components = described.setdefault("components", {})
+        components.setdefault("schemas", {}).update(definitions.get("$defs", {}))
+        _drop_fastapis_errors(described)
+        if tokens:
+            components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+            described["security"] = [{"token": []}]
+        app.openapi_schema = described
+    return app.openapi_schema
+
+
+def _drop_fastapis_errors(described: dict[str, Any]) -> None:
+    """It writes its own 422 to whatever has a parameter; ours are answered with 400."""
+    own = {"HTTPValidationError", "ValidationError"}
+    for path in described["paths"].values():
+        for operation in path.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
+    schemas = described["components"]["schemas"]
+    described["components"]["schemas"] = {k: v for k, v in schemas.items() if k not in own}
+
+
+# Middleware -----------------------------------------------------------------------------------
+
+
+def _path(scope: Scope) -> str:
+    """The path below the application's route prefix."""
+    return scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
+
+
+def _family(scope: Scope) -> Family:
+    return "chat" if _path(scope).startswith("/v1/") else "caption"
+
+
+class _Authorize:
+    """Middleware: no token, no answer, before a byte of the body is read."""
+
+    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+        self.app = app
+        self.tokens = tokens
+        if not tokens.required:
+            logger.warning("No tokens are configured: whoever can connect is served")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] != "http"
+            or not self.tokens.required
+            or _path(scope).startswith(OPEN_PATHS[-1])
+            or _path(scope) in OPEN_PATHS
+            or self.tokens.accept(header(scope, b"authorization"))
+        ):
+            await self.app(scope, receive, send)
+            return
+        refusal = Refusal(
+            401,
+            "authentication",
+            "a valid token is needed: send it as `Authorization: Bearer TOKEN`",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await refusal.response(_family(scope))(scope, receive, send)
+
+
+class _Unforeseen:
+    """Middleware: an error that nobody foresaw is a 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        except ClientDisconnect:
+            pass  # nobody is left to answer
+        except Exception:
+            refusal = unforeseen(scope)
+            if has_started:
+                raise
+            await refusal.response(_family(scope))(scope, receive, send)

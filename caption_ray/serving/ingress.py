@@ -1,0 +1,155 @@
+"""The deployment that speaks HTTP: it reads, checks and decodes, so that devices only caption."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus, DeploymentStatus, ReplicaState
+
+from caption_ray.config import EncoderConfig
+from caption_ray.serving.backend import Answer, Options, Status, UnavailableError
+from caption_ray.serving.batching import QueueFullError
+from caption_ray.serving.captioner import Captioner, Full, Outdated, Reply
+from caption_ray.serving.http import build_http
+from caption_ray.serving.predictor import Box, Images, prepare_with_box
+from caption_ray.serving.service import Settings
+
+DECODE_THREADS = 4
+"""Pictures that one ingress decodes at a time: the largest allowed takes 200 MB."""
+
+ATTEMPTS = 2
+"""Captioners that a picture is sent to if the one before died: captioning it twice is harmless."""
+
+STATUS_TIMEOUT_S = 2.0
+"""Seconds in which Ray must tell how the captioners are."""
+
+UNAVAILABLE = (BackPressureError, DeploymentUnavailableError, RayActorError)
+
+logger = logging.getLogger("ray.serve")
+
+
+class Ingress:
+    """The `Backend` of the HTTP application: decodes, and asks a captioner."""
+
+    def __init__(
+        self,
+        captioner: DeploymentHandle[Any],
+        encoder: EncoderConfig,
+        info: dict[str, Any],
+        settings: Settings,
+    ) -> None:
+        """`encoder` and `info` are of the checkpoint that is served first."""
+        self.captioner = captioner
+        self.streaming_captioner = captioner.options(stream=True)
+        self.encoder = encoder
+        self.last_info = info
+        self.settings = settings
+        self.decoders = ThreadPoolExecutor(DECODE_THREADS)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_http(self, self.settings)
+
+    async def caption(self, picture: bytes, options: Options) -> Answer:
+        async for part in self._ask(picture, options, streaming=False):
+            if isinstance(part, Answer):
+                return part
+        raise AssertionError("the last part is the answer")
+
+    async def stream(self, picture: bytes, options: Options) -> AsyncIterator[list[str] | Answer]:
+        async for part in self._ask(picture, options, streaming=True):
+            yield part
+
+    async def _ask(
+        self, picture: bytes, options: Options, streaming: bool
+    ) -> AsyncIterator[list[str] | Answer]:
+        """Prepare the picture as the captioner wants it, which may just have changed."""
+        attempts = 0
+        told = 0
+        while True:
+            encoder = self.encoder
+            image, box = await self._prepare(picture, encoder)
+            replies = (self._stream if streaming else self._call)(image, encoder, options)
+            try:
+                async for reply in replies:
+                    if isinstance(reply, list):
+                        told += 1
+                        yield reply
+                    elif isinstance(reply, Outdated):
+                        self.encoder = reply.encoder
+                    elif isinstance(reply, Full):
+                        raise QueueFullError(reply.retry_after)
+                    else:
+                        yield dataclasses.replace(reply, box=box)
+                        return
+            except UNAVAILABLE as error:
+                attempts += 1
+                may_again = isinstance(error, RayActorError) and not told and attempts < ATTEMPTS
+                logger.warning(f"No captioner{', trying another' if may_again else ''}: {error}")
+                if not may_again:
+                    raise UnavailableError(str(error)) from error
+
+    async def _prepare(self, picture: bytes, encoder: EncoderConfig) -> tuple[Images, Box]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.decoders, prepare_with_box, picture, encoder)
+
+    async def _call(
+        self, image: Images, encoder: EncoderConfig, options: Options
+    ) -> AsyncIterator[Reply]:
+        response = self.captioner.remote(image, encoder, options)
+        try:
+            yield await response
+        except BaseException:  # the client has gone, or time is up
+            response.cancel()
+            raise
+
+    async def _stream(
+        self, image: Images, encoder: EncoderConfig, options: Options
+    ) -> AsyncIterator[list[str] | Reply]:
+        response = self.streaming_captioner.stream.remote(image, encoder, options)
+        try:
+            async for part in response:
+                yield part
+        except BaseException:
+            response.cancel()
+            raise
+
+    async def status(self) -> Status:
+        """As Ray sees the captioners; asking one of them would keep it from scaling to zero."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await asyncio.wait_for(
+                loop.run_in_executor(None, self._status), STATUS_TIMEOUT_S
+            )
+        except (asyncio.TimeoutError, ray.exceptions.RayError):
+            return "starting"
+
+    def _status(self) -> Status:
+        context = serve.get_replica_context()
+        application = serve.status().applications[context.app_name]
+        deployment = application.deployments[Captioner.__name__]
+        if application.status == ApplicationStatus.DELETING:
+            return "starting"
+        if deployment.replica_states.get(ReplicaState.RUNNING, 0) > 0:
+            return "ready"
+        asleep = deployment.status == DeploymentStatus.HEALTHY and not deployment.replica_states
+        return "asleep" if asleep else "starting"
+
+    async def info(self) -> dict[str, Any]:
+        if await self.status() == "ready":
+            try:
+                answer = self.captioner.info.remote()
+                self.last_info = await asyncio.wait_for(answer, STATUS_TIMEOUT_S)
+            except (asyncio.TimeoutError, TaskCancelledError, *UNAVAILABLE):
+                logger.warning("No captioner tells about its model; what it was before is shown")
+        return self.last_info

@@ -1,0 +1,176 @@
+"""What both APIs do for a request: read its body, caption its pictures, refuse what cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.types import Scope
+
+from caption_ray.data import transforms
+from caption_ray.serving.backend import (
+    MAX_BEAMS,
+    MAX_LENGTH,
+    MAX_RETURN,
+    Answer,
+    Backend,
+    Options,
+    UnavailableError,
+)
+from caption_ray.serving.batching import QueueFullError
+from caption_ray.serving.errors import Refusal
+
+MAX_PICTURES = 16
+"""Most pictures in one request."""
+
+Part = TypeVar("Part")
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the HTTP application is told; `Arguments` in app.py explains it and has the defaults."""
+
+    max_body_bytes: int
+    max_buffered_bytes: int
+    body_timeout_s: float
+    request_timeout_s: float
+    tokens_file: str | None
+    cors_origins: tuple[str, ...]
+    url_allow_list: tuple[str, ...]
+    model_name: str
+    examples: str | None
+
+
+class Service:
+    """A backend within the limits of the settings."""
+
+    def __init__(self, backend: Backend, settings: Settings) -> None:
+        self.backend = backend
+        self.settings = settings
+        self._buffered = 0
+
+    @contextlib.asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """The request's body, which counts as buffered until it is let go.
+
+        Raises Refusal if it is empty, too large or too slow, or too much is buffered already.
+        """
+        held = 0
+
+        async def read() -> bytes:
+            nonlocal held
+            limit = self.settings.max_body_bytes
+            too_large = Refusal(413, "validation", f"the body has more than {limit} bytes")
+            announced = request.headers.get("content-length", "")
+            if announced.isdecimal() and int(announced) > limit:
+                raise too_large
+            chunks: list[bytes] = []
+            async for chunk in request.stream():
+                held += len(chunk)
+                self._buffered += len(chunk)
+                chunks.append(chunk)
+                if held > limit:
+                    raise too_large
+                if self._buffered > self.settings.max_buffered_bytes:
+                    raise Refusal(
+                        429, "overloaded", "too many bodies are being received", retry_after=1
+                    )
+            return b"".join(chunks)
+
+        try:
+            try:
+                data = await asyncio.wait_for(read(), self.settings.body_timeout_s)
+            except asyncio.TimeoutError:
+                seconds = self.settings.body_timeout_s
+                raise Refusal(
+                    408, "timeout", f"the body was not complete after {seconds:g} s"
+                ) from None
+            if not data:
+                raise Refusal(400, "validation", "the body is empty: send the bytes of a picture")
+            yield data
+        finally:
+            self._buffered -= held
+
+    async def caption(self, picture: bytes, options: Options, name: str = "the picture") -> Answer:
+        """Raises Refusal, which calls the picture `name`."""
+        with self._refusing(name):
+            return await asyncio.wait_for(
+                self.backend.caption(picture, options), self.settings.request_timeout_s
+            )
+
+    async def stream(self, picture: bytes, options: Options) -> AsyncIterator[list[str] | Answer]:
+        """Words as they become certain, then the answer; raises Refusal."""
+        with self._refusing("the picture"):
+            deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
+            parts = self.backend.stream(picture, options)
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    left = deadline - asyncio.get_running_loop().time()
+                    yield await asyncio.wait_for(anext(parts), left)
+
+    @contextlib.contextmanager
+    def _refusing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except transforms.UnknownFormatError as error:
+            raise Refusal(415, "validation", f"{name} cannot be read: {error}") from error
+        except transforms.ImageError as error:
+            raise Refusal(422, "validation", f"{name} cannot be read: {error}") from error
+        except QueueFullError as error:
+            message = str(error)
+            raise Refusal(429, "overloaded", message, retry_after=error.retry_after) from error
+        except UnavailableError as error:
+            message = "no captioner can be reached; try again"
+            raise Refusal(503, "unavailable", message, retry_after=1) from error
+        except asyncio.TimeoutError as error:
+            seconds = self.settings.request_timeout_s
+            message = f"no caption after {seconds:g} s; try again"
+            raise Refusal(504, "timeout", message) from error
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        return {
+            "max_body_bytes": self.settings.max_body_bytes,
+            "max_pixels": transforms.MAX_PIXELS,
+            "formats": list(transforms.FORMATS),
+            "max_pictures": MAX_PICTURES,
+            "max_beams": MAX_BEAMS,
+            "max_return_sequences": MAX_RETURN,
+            "max_new_tokens": MAX_LENGTH,
+            "request_timeout_s": self.settings.request_timeout_s,
+        }
+
+
+async def first_of(parts: AsyncIterator[Part]) -> tuple[Part, AsyncIterator[Part]]:
+    """The first part, and all of them: so that an error before it can still be a status."""
+    first = await anext(parts)
+
+    async def all_parts() -> AsyncIterator[Part]:
+        yield first
+        async for part in parts:
+            yield part
+
+    return first, all_parts()
+
+
+def request_id(scope: Scope) -> str:
+    """Ray's proxy takes it from the client's X-Request-ID or makes one, and sends it back."""
+    return header(scope, b"x-request-id") or "?"
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def unforeseen(scope: Scope) -> Refusal:
+    """What to answer to an exception that nobody foresaw: it names the request, no more. The stack
+    goes to the log, beside the same name."""
+    logger.exception(f"Request {request_id(scope)} failed")
+    return Refusal(500, "internal", f"internal error in request {request_id(scope)}")
