@@ -14,6 +14,9 @@ import yaml
 from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from caption_ray.serving.app import TOKENS_FILE_VARIABLE
+from caption_ray.serving.auth import Tokens
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "caption_ray"
 
@@ -115,6 +118,7 @@ def test_token_and_secrets_reach_every_node(config: dict[str, Any]) -> None:
     mounts = config["file_mounts"]
     assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert mounts["~/caption_ray/secrets.env"] == "~/.caption_ray/secrets.env"
+    assert mounts["~/caption_ray/tokens"] == "~/.caption_ray/tokens"
     in_checkout = [local for local in mounts.values() if not local.startswith("~")]
     missing = [local for local in in_checkout if not (ROOT / local).exists()]
     assert not missing, f"ray up would fail: {missing} are not in the checkout"
@@ -127,6 +131,7 @@ def test_every_shell_of_a_node_has_the_environment(config: dict[str, Any], tmp_p
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("token")
     (tmp_path / "caption_ray/secrets.env").write_text("WANDB_API_KEY=k e y\n".replace(" ", ""))
+    (tmp_path / "caption_ray/tokens").write_text("a-token-that-is-long-enough\n")
     (tmp_path / ".bashrc").write_text("")
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
 
@@ -146,12 +151,15 @@ def test_every_shell_of_a_node_has_the_environment(config: dict[str, Any], tmp_p
     assert values["WANDB_API_KEY"] == "key"
     assert values["CAPTION_RAY_STORAGE"] == "s3://YOUR-BUCKET/runs"
     assert values["CAPTION_RAY_NUM_GPUS"] == "1"
+    tokens = Tokens(values[TOKENS_FILE_VARIABLE])
+    assert tokens.required and tokens.accept("Bearer a-token-that-is-long-enough")
     assert values["AWS_DEFAULT_REGION"] == config["provider"]["region"]
     assert values["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
     assert int(values["RAY_JOB_STOP_WAIT_TIME_S"]) > 3, "no better than Ray's default"
     assert values["PATH"].startswith(f"{tmp_path}/caption_ray/venv/bin:")
     assert (tmp_path / ".bashrc").read_text().count("environment") == 1
-    assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o077 == 0
+    for secret in (".ray/auth_token", "caption_ray/tokens", "caption_ray/secrets.env"):
+        assert (tmp_path / secret).stat().st_mode & 0o077 == 0
 
 
 def test_the_bucket_is_the_only_placeholder() -> None:

@@ -55,9 +55,10 @@ def test_presets_are_described(preset):
     assert f"| `{preset}`" in README
 
 
-@pytest.mark.parametrize("job", ["train", "ingest", "caption"])
+@pytest.mark.parametrize("job", ["train", "ingest", "caption", "benchmark serve"])
 def test_help_of_every_job_is_enough_by_itself(job):
-    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py")]
+    name, *section = job.split()
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *section]
     arguments = ["coco", "--help"] if job == "train" else ["--help"]
     shown = subprocess.run(command + arguments, capture_output=True, text=True)
     assert shown.returncode == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from caption_ray.config import SearchConfig
 from caption_ray.model.captioner import Captioner
-from caption_ray.model.decoder import END, PAD, START, State, StepOutput
+from caption_ray.model.decoder import END, PAD, START, Memory, State, StepOutput
 
 StepFn = Callable[[Tensor, State], StepOutput]
 """From the last words, int64 (B, K), and the state to the next words' logits and the new state."""
@@ -167,11 +167,13 @@ def generate(
     num_return: int,
     seeds: Sequence[int] | None = None,
     on_step: OnStep | None = None,
+    decoder_step: Callable[[Tensor, State, Memory], StepOutput] | None = None,
 ) -> Hypotheses:
     """The `num_return` best captions that `search` finds for images, uint8 (B, 3, S, S).
 
     With a temperature, that many captions are drawn; an image's depend on its seed (default 0) and
-    on nothing else in the batch.
+    on nothing else in the batch. `decoder_step` is the decoder's `step` in another form, compiled
+    for example.
 
     Raises ValueError if more captions are asked for than there are beams, and for a captioner in
     training mode, whose dropout would spoil them.
@@ -182,7 +184,7 @@ def generate(
     memory = decoder.prepare(captioner.encoder(images))
 
     def step(tokens: Tensor, state: State) -> StepOutput:
-        return decoder.step(tokens, state, memory)
+        return (decoder_step or decoder.step)(tokens, state, memory)
 
     if search.temperature > 0:
         return sample(

@@ -108,6 +108,7 @@ class Captioner:
         self,
         fallback: str,
         cpu_threads: int | None,
+        compile_decoder: bool,
         max_batch_size: int,
         batch_wait_timeout_s: float,
         max_queue_s: float,
@@ -122,6 +123,7 @@ class Captioner:
         if not has_gpu:
             # Ray would give it as many as it has CPUs reserved, here one.
             torch.set_num_threads(cpu_threads or os.cpu_count() or 1)
+        self.compile_decoder = compile_decoder
         self.max_batch_size = max_batch_size
         self.batcher: Batcher[_Key, _Item, Answer | Outdated] = Batcher(
             self._run,
@@ -279,7 +281,7 @@ class Captioner:
 
     async def _load(self, uri: str) -> None:
         def load() -> Predictor:
-            predictor = Predictor.from_uri(uri, self.device)
+            predictor = Predictor.from_uri(uri, self.device, compile_decoder=self.compile_decoder)
             predictor.warm_up(self.max_batch_size)
             return predictor
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from caption_ray.config import EncoderConfig, SearchConfig
 from caption_ray.data import transforms
 from caption_ray.data.vocabulary import END, PAD
+from caption_ray.model.decoder import Memory, State, StepOutput
 from caption_ray.model.search import OnStep, generate
 from caption_ray.training import checkpoint
 from caption_ray.training.checkpoint import CheckpointError, Loaded
@@ -45,7 +46,11 @@ class Predictor:
     """A checkpoint's captioner on one device."""
 
     def __init__(
-        self, loaded: Loaded, device: torch.device, search: SearchConfig | None = None
+        self,
+        loaded: Loaded,
+        device: torch.device,
+        search: SearchConfig | None = None,
+        compile_decoder: bool = False,
     ) -> None:
         self.uri = loaded.uri
         self.device = device
@@ -56,6 +61,11 @@ class Predictor:
         self.state = loaded.state
         self.vocabulary = loaded.vocabulary
         self.captioner = loaded.captioner.to(device).eval()
+        self._compiled_step = (
+            torch.compile(self.captioner.decoder.step, mode="reduce-overhead", dynamic=False)
+            if compile_decoder
+            else None
+        )
         # T4s and older GPUs only emulate bfloat16, which is slower than float32.
         self._bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
             including_emulation=False
@@ -63,13 +73,21 @@ class Predictor:
 
     @classmethod
     def from_uri(
-        cls, uri: str, device: torch.device, search: SearchConfig | None = None
+        cls,
+        uri: str,
+        device: torch.device,
+        search: SearchConfig | None = None,
+        compile_decoder: bool = False,
     ) -> Predictor:
         """The predictor of the checkpoint that `uri` means (see `checkpoint.find`).
 
+        `compile_decoder` makes CUDA graphs of the decoder's step where there is a GPU, for batches
+        of 1, 2, 4, ... pictures, to which others are padded, and for the search above; other
+        searches run as they are. The first batch of each size takes long: see `warm_up`.
+
         Raises CheckpointError if there is none or it cannot be loaded.
         """
-        return cls(checkpoint.load(checkpoint.find(uri)), device, search)
+        return cls(checkpoint.load(checkpoint.find(uri)), device, search, compile_decoder)
 
     def prepare(self, data: bytes) -> Images:
         """uint8 (3, S, S) as the captioner wants it, from an encoded picture.
@@ -105,6 +123,13 @@ class Predictor:
             )
         if len(images) == 0:
             return []
+        search = search or self.search
+        is_compiled = self._compiled_step is not None and (search, num_return) == (self.search, 1)
+        count = len(images)
+        if is_compiled:
+            padding = np.zeros((_padded(count) - count, *images.shape[1:]), np.uint8)
+            images = np.concatenate([images, padding])
+            seeds = None if seeds is None else [*seeds, *[0] * len(padding)]
         pixels = torch.tensor(images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
@@ -115,10 +140,11 @@ class Predictor:
             found = generate(
                 self.captioner,
                 pixels.to(self.device, non_blocking=True),
-                search or self.search,
+                search,
                 num_return,
                 seeds,
-                None if on_words is None else self._tell(len(images), on_words),
+                None if on_words is None else self._tell(count, on_words),
+                self._step if is_compiled else None,
             )
         tokens = found.tokens.tolist()  # (B, R, T)
         log_probs = found.log_probs.tolist()  # (B, R)
@@ -129,8 +155,16 @@ class Predictor:
                 for one in zip(tokens[image], log_probs[image], attention[image], strict=True)
                 if one[1] != -math.inf  # not a number stays, to be noticed
             ]
-            for image in range(len(images))
+            for image in range(count)
         ]
+
+    def _step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
+        """The decoder's step as compiled. A CUDA graph writes its results where the last ones
+        were, so what the search keeps must be copied out."""
+        assert self._compiled_step is not None
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        logits, state, attention = self._compiled_step(tokens, state, memory)
+        return StepOutput(logits.clone(), tuple(part.clone() for part in state), attention.clone())
 
     def _tell(self, images: int, on_words: Callable[[int, list[str]], None]) -> OnStep:
         """What turns the search's tokens into words that were not told before."""
@@ -138,7 +172,7 @@ class Predictor:
 
         def on_step(tokens: Tensor, decided: Tensor) -> None:
             rows, counts = tokens.tolist(), decided.tolist()
-            for image, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            for image, (row, count) in enumerate(zip(rows[:images], counts, strict=False)):
                 words = self._words(row[told[image] : count])
                 if words:
                     on_words(image, words)
@@ -147,14 +181,17 @@ class Predictor:
         return on_step
 
     def warm_up(self, max_batch_size: int = 1) -> None:
-        """Caption blank pictures, alone and `max_batch_size` at once, so that what is slow, broken
-        or too large for the device shows before the first request.
+        """Caption blank pictures, alone and up to `max_batch_size` at once, so that what is slow,
+        broken or too large for the device shows before the first request.
 
         Raises CheckpointError if the captioner cannot caption them.
         """
         size = self.encoder_config.image_size
         try:
-            for batch_size in sorted({1, max_batch_size}):
+            sizes = {1, max_batch_size}
+            if self._compiled_step is not None:
+                sizes |= {_padded(size) for size in range(1, max_batch_size)}
+            for batch_size in sorted(sizes):
                 blank = np.full((batch_size, 3, size, size), 128, np.uint8)
                 found = self.predict(blank)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -176,6 +213,11 @@ class Predictor:
 
     def _words(self, tokens: list[int]) -> list[str]:
         return [self.vocabulary.words[token] for token in tokens if token not in (PAD, END)]
+
+
+def _padded(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
 
 
 Box = tuple[float, float, float, float]

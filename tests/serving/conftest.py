@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
+import statistics
+import threading
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
@@ -20,7 +26,7 @@ from caption_ray.model.captioner import build_captioner
 from caption_ray.serving.backend import Answer, Options, Status
 from caption_ray.serving.captioner import describe
 from caption_ray.serving.http import build_http
-from caption_ray.serving.predictor import Predictor, prepare_with_box
+from caption_ray.serving.predictor import Caption, Predictor, prepare_with_box
 from caption_ray.serving.service import Settings
 from caption_ray.training import checkpoint
 
@@ -83,6 +89,17 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
     return Predictor.from_uri(uri, torch.device("cpu"))
 
 
+@pytest.fixture(scope="session")
+def captions(predictor: Predictor) -> Callable[..., list[Caption]]:
+    """What the predictor itself says of a picture: `captions(data, num_return, seed, **search)`."""
+
+    def of(data: bytes, num_return: int = 1, seed: int = 0, **search: Any) -> list[Caption]:
+        changed = dataclasses.replace(predictor.search, **search)
+        return predictor.predict(predictor.prepare(data)[None], changed, num_return, [seed])[0]
+
+    return of
+
+
 class LocalBackend:
     """A `Backend` in this process: one picture after the other; misbehaves when told to."""
 
@@ -90,6 +107,8 @@ class LocalBackend:
         self.predictor = predictor
         self.ready: Status = "ready"
         self.raises: Exception | None = None
+        self.raises_late: Exception | None = None
+        """After all words have been told."""
         self.delay_s = 0.0
         self.calls: list[Options] = []
 
@@ -114,6 +133,8 @@ class LocalBackend:
         )
         for new in words:
             yield new
+        if self.raises_late is not None:
+            raise self.raises_late
         rows, columns = self.predictor.captioner.encoder.grid
         yield Answer(found[0], self.predictor.uri, 1, box, rows * columns)
 
@@ -152,3 +173,99 @@ def client(backend: LocalBackend) -> Callable[..., TestClient]:
         return TestClient(app, raise_server_exceptions=False, headers={"X-Request-ID": "request-7"})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., None]:
+    """Asserts that an answer is a refusal: its status, its form, and a piece of its message.
+
+    Hugging Face's clients read two strings, OpenAI's (`/v1`) an object; nobody reads a stack.
+    """
+
+    def check(answer: Any, status: int, piece: str = "") -> None:
+        assert (answer.status_code, answer.headers["Content-Type"]) == (
+            status,
+            "application/json",
+        ), answer.text[:500]
+        content = answer.json()
+        if "/v1/" in str(answer.request.url):
+            assert list(content) == ["error"]
+            content = content["error"]
+            assert set(content) == {"message", "type", "param", "code"}
+            message = content.pop("message")
+            assert content.pop("param") is None or status in (400, 404, 413)
+        else:
+            assert set(content) == {"error", "error_type"}
+            message = content.pop("error")
+        assert all(isinstance(value, str) and value for value in [message, *content.values()])
+        assert piece in message
+        assert "Traceback" not in message and 'File "' not in message
+
+    return check
+
+
+class Answered(NamedTuple):
+    start: float
+    seconds: float
+    status: int
+    """0: the connection broke."""
+    text: str
+    checkpoint: str | None
+
+
+class Load:
+    """Clients that ask one after the other, each without ever retrying."""
+
+    def __init__(self, url: str, picture: bytes, clients: int) -> None:
+        self.url, self.picture = url, picture
+        self.answers: list[Answered] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def _ask(self) -> None:
+        session = requests.Session()
+        while not self._stop.is_set():
+            start = time.monotonic()
+            try:
+                answer = session.post(f"{self.url}/caption", data=self.picture, timeout=60)
+                status, text = answer.status_code, answer.text
+                checkpoint = answer.headers.get("X-Checkpoint")
+            except requests.RequestException as error:
+                status, text, checkpoint = 0, repr(error), None
+            seconds = time.monotonic() - start
+            self.answers.append(Answered(start, seconds, status, text, checkpoint))
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        time.sleep(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        time.sleep(1)
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def statuses(self) -> Counter[int]:
+        return Counter(answer.status for answer in self.answers)
+
+    def p99_ms(self) -> float:
+        return 1000 * statistics.quantiles([a.seconds for a in self.answers], n=100)[98]
+
+    def report(self, fault: str) -> None:
+        """For people: shown by `pytest -rA` and when a test fails."""
+        seconds = self.answers[-1].start - self.answers[0].start
+        failed = {s: n for s, n in self.statuses.items() if s != 200}
+        print(f"{fault}: {len(self.answers)} requests in {seconds:.1f} s, failed {failed or 0}, "
+              f"p99 {self.p99_ms():.0f} ms")  # fmt: skip
+        for answer in self.answers:
+            if answer.status != 200:
+                print(f"  {answer.status} after {answer.seconds:.1f} s: {answer.text[:300]}")
+
+
+@pytest.fixture(scope="session")
+def load_on() -> type[Load]:
+    """Clients that ask: `with load_on(url, picture, clients) as load: ...`."""
+    return Load

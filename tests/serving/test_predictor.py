@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,23 @@ def test_search_is_the_checkpoints_unless_another_is_given(images: Images) -> No
     assert all(len(caption.words) <= 2 for (caption,) in short.predict(images))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_and_padded_it_says_the_same(
+    predictor: Predictor, images: Images, count: int
+) -> None:
+    compiled = Predictor(make_loaded(), CPU, compile_decoder=True)
+    told: list[tuple[int, list[str]]] = []
+    found = compiled.predict(images[:count], on_words=lambda *new: told.append(new))
+    assert len(found) == count and {image for image, _ in told} == set(range(count))
+    for (ours,), (theirs,) in zip(found, predictor.predict(images[:count]), strict=True):
+        assert ours.text == theirs.text
+        assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
+        np.testing.assert_allclose(ours.attention, theirs.attention, atol=1e-4)
+    several = compiled.predict(images[:count], num_return=2)
+    assert [len(captions) for captions in several] == [2] * count, "as it is, for other searches"
+
+
 def test_no_pictures_no_captions(predictor: Predictor, images: Images) -> None:
     assert predictor.predict(images[:0]) == []
 
@@ -204,9 +222,10 @@ def test_prediction_needs_no_ray() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_captions_nearly_alike(predictor: Predictor, images: Images) -> None:
-    on_gpu = Predictor(make_loaded(), torch.device("cuda"))
-    on_gpu.warm_up()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_captions_nearly_alike(predictor: Predictor, images: Images, compiled: bool) -> None:
+    on_gpu = Predictor(make_loaded(), torch.device("cuda"), compile_decoder=compiled)
+    on_gpu.warm_up(8)
     same = 0
     for (ours,), (theirs,) in zip(on_gpu.predict(images), predictor.predict(images), strict=True):
         if ours.words == theirs.words:
