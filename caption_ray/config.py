@@ -116,38 +116,49 @@ class DecoderConfig(_Strict):
     """From regions to words."""
 
     name: str = "soft"
-    """Which decoder; `soft` is Show, Attend and Tell's soft attention."""
+    """Which decoder: `soft` (Show, Attend and Tell), `adaptive` (soft attention that may also rely
+    on what was said; Lu et al. 2017) or `transformer`. Not every setting below is for all."""
 
     cell: Literal["lstm", "gru"] = "lstm"
-    """Recurrent cell."""
+    """Recurrent cell (soft)."""
 
     embedding_dim: int = 512
-    """Size of a word's embedding."""
+    """Size of a word's embedding (soft, adaptive)."""
 
     hidden_dim: int = 512
-    """Size of the recurrent state."""
+    """Size of the recurrent state, or the transformer's width."""
 
     attention_dim: int = 512
-    """Size in which regions and state are compared."""
+    """Size in which regions and state are compared (soft, adaptive)."""
+
+    num_layers: int = 3
+    """Layers (transformer)."""
+
+    num_heads: int = 8
+    """Heads of each attention (transformer)."""
+
+    feedforward_dim: int = 2048
+    """Inner size of each layer's feed-forward part (transformer)."""
 
     region_dim: int | None = None
-    """Project regions to this size, with a ReLU, before they are attended to; None: as encoded."""
+    """Project regions to this size, with a ReLU, before they are attended to; None: as encoded
+    (soft; the others project to `hidden_dim`)."""
 
     initial_state: Literal["mean", "zeros"] = "mean"
-    """First recurrent state: computed from the mean region, or zeros."""
+    """First recurrent state: computed from the mean region, or zeros (soft)."""
 
     gate: bool = True
-    """Scale the attended region by a learnt gate (Show, Attend and Tell, section 4.2.1)."""
+    """Scale the attended region by a learnt gate (soft; Show, Attend and Tell, section 4.2.1)."""
 
     output: Literal["deep", "mlp"] = "deep"
     """Logits from embedding, state and region together (deep output), or from the state alone
-    through one hidden layer."""
+    through one hidden layer (soft)."""
 
     dropout: float = 0.5
     """Dropout on embeddings and before the logits."""
 
     tie_embeddings: bool = False
-    """Use the embedding matrix for the logits as well."""
+    """Use the embedding matrix for the logits as well (soft)."""
 
 
 @dataclass(frozen=True)
@@ -401,6 +412,9 @@ def validate(config: Config) -> None:
         "model.decoder.embedding-dim": decoder.embedding_dim,
         "model.decoder.hidden-dim": decoder.hidden_dim,
         "model.decoder.attention-dim": decoder.attention_dim,
+        "model.decoder.num-layers": decoder.num_layers,
+        "model.decoder.num-heads": decoder.num_heads,
+        "model.decoder.feedforward-dim": decoder.feedforward_dim,
         "search.beam-size": search.beam_size,
         "search.max-length": search.max_length,
         "train.epochs": train.epochs,

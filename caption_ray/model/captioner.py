@@ -6,13 +6,25 @@ Shapes: B images, S height and width in pixels, K captions per image, L caption 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from caption_ray.config import ModelConfig
-from caption_ray.model.decoder import Decoder, DecoderOutput, build_decoder
+from caption_ray.config import DecoderConfig, ModelConfig
+from caption_ray.model.adaptive import AdaptiveAttentionDecoder
+from caption_ray.model.decoder import Decoder, DecoderOutput
 from caption_ray.model.encoder import Encoder, build_encoder
+from caption_ray.model.soft import SoftAttentionDecoder
+from caption_ray.model.transformer import TransformerDecoder
+
+DECODERS: dict[str, Callable[[DecoderConfig, int, int], Decoder]] = {
+    "soft": SoftAttentionDecoder,
+    "adaptive": AdaptiveAttentionDecoder,
+    "transformer": TransformerDecoder,
+}
+"""The decoders by name. Another one needs its file and a line here: training and search know only
+`Decoder`."""
 
 
 class Captioner(nn.Module):
@@ -61,3 +73,15 @@ def build_captioner(
         encoder_config = dataclasses.replace(encoder_config, weights="none")
     encoder = build_encoder(encoder_config, encoder_weights)
     return Captioner(encoder, build_decoder(config.decoder, encoder.region_dim, vocab_size))
+
+
+def build_decoder(config: DecoderConfig, region_dim: int, vocab_size: int) -> Decoder:
+    """The decoder that `config` asks for, with random weights.
+
+    Raises ValueError for an unknown name.
+    """
+    if config.name not in DECODERS:
+        raise ValueError(
+            f"--model.decoder.name is {config.name!r}: give one of {', '.join(DECODERS)}"
+        )
+    return DECODERS[config.name](config, region_dim, vocab_size)

@@ -1,4 +1,4 @@
-"""From regions to words.
+"""What training and search know of a decoder: from regions to words.
 
 Shapes: B images, K sequences per image (captions in training, beams in search), N regions,
 E region dim, L caption length, T steps, D embedding dim, H hidden dim, A attention dim,
@@ -8,15 +8,9 @@ V vocabulary, M real target words of the batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from caption_ray.config import DecoderConfig
-from caption_ray.model.attention import AdditiveAttention
 
 PAD, START, END = 0, 1, 2
 """The special words' ids, as data/vocabulary.py gives them out."""
@@ -32,6 +26,8 @@ class Memory(NamedTuple):
     """(B, N, E)."""
     keys: Tensor
     """The regions as attention compares them, (B, N, A)."""
+    summary: Tensor | None = None
+    """The whole picture, (B, D), for decoders that want it."""
 
 
 class StepOutput(NamedTuple):
@@ -76,143 +72,3 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
         """Predict each word of tokens, int64 (B, K, L), from those before it (teacher forcing)."""
-
-
-class SoftAttentionDecoder(Decoder):
-    """Soft attention of Show, Attend and Tell (Xu et al., 1502.03044, sections 3.1.2 and 4.2.1).
-
-    All linear maps of the hidden state are one matrix, `from_hidden`: the attention's query, the
-    gate and the recurrent part of the cell.
-    """
-
-    def __init__(self, config: DecoderConfig, region_dim: int, vocab_size: int) -> None:
-        super().__init__()
-        self.config = config
-        hidden, word_dim = config.hidden_dim, config.embedding_dim
-        if config.region_dim is None:
-            self.project: nn.Module = nn.Identity()
-        else:
-            self.project = nn.Sequential(nn.Linear(region_dim, config.region_dim), nn.ReLU())
-            region_dim = config.region_dim
-        self.attention = AdditiveAttention(region_dim, config.attention_dim)
-        self.embedding = nn.Embedding(vocab_size, word_dim)
-        self.dropout = nn.Dropout(config.dropout)
-
-        states, gates = (2, 4) if config.cell == "lstm" else (1, 3)
-        if config.initial_state == "mean":
-            self.from_mean = nn.Linear(region_dim, states * hidden)
-        self.states = states
-        self.from_hidden_dims = [config.attention_dim, int(config.gate), gates * hidden]
-        self.from_hidden = nn.Linear(hidden, sum(self.from_hidden_dims))
-        self.from_word = nn.Linear(word_dim, gates * hidden)
-        self.from_context = nn.Linear(region_dim, gates * hidden, bias=False)
-
-        deep = config.output == "deep"
-        mixed_dim = word_dim if deep else hidden
-        self.mix = nn.Linear(hidden + region_dim if deep else hidden, mixed_dim)
-        self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        self.output_weight: nn.Parameter | None = None
-        if not config.tie_embeddings:
-            self.output_weight = nn.Parameter(torch.empty(vocab_size, mixed_dim))
-            nn.init.normal_(self.output_weight, std=mixed_dim**-0.5)
-        # Words of unit length: as output weights too, they leave the first logits small.
-        nn.init.normal_(self.embedding.weight, std=word_dim**-0.5)
-
-    def prepare(self, regions: Tensor) -> Memory:
-        regions = self.project(regions)
-        return Memory(regions, self.attention.project(regions))
-
-    def initial_state(self, memory: Memory, k: int) -> State:
-        batch, hidden = len(memory.regions), self.config.hidden_dim
-        # In float32 under autocast too, as the state adds up over a caption.
-        if self.config.initial_state == "mean":
-            start = self.from_mean(memory.regions.mean(dim=1)).tanh().float()
-        else:
-            start = memory.regions.new_zeros(batch, self.states * hidden, dtype=torch.float32)
-        start = start.view(batch, 1, self.states, hidden).expand(-1, k, -1, -1)
-        return tuple(start.unbind(dim=2))
-
-    def step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
-        words = self.dropout(self.embedding(tokens))  # (B, K, D)
-        state, context, attention = self._advance(self.from_word(words), state, memory)
-        return StepOutput(self._logits(words, state[0], context), state, attention)
-
-    def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
-        mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
-        # At least one step: a batch without words, too, gives every weight a gradient (of zero),
-        # which other workers wait for.
-        longest = max(1, int(mask.sum(dim=-1).max()))
-        words = self.dropout(self.embedding(tokens[..., :longest]))  # (B, K, T, D)
-        memory = self.prepare(regions)
-        state = self.initial_state(memory, tokens.shape[1])
-
-        hiddens, contexts, attentions = [], [], []
-        for word in self.from_word(words).unbind(dim=2):
-            state, context, attention = self._advance(word, state, memory)
-            hiddens.append(state[0])
-            contexts.append(context)
-            attentions.append(attention)
-
-        real = mask[..., :longest]
-        hidden, context = (torch.stack(steps, dim=2)[real] for steps in (hiddens, contexts))
-        logits = self._logits(words[real], hidden, context)  # (M, V)
-        attention = torch.stack(attentions, dim=2)  # (B, K, T, N)
-        attention = F.pad(attention, (0, 0, 0, mask.shape[-1] - longest))
-        return DecoderOutput(logits, attention, mask)
-
-    def _advance(self, word: Tensor, state: State, memory: Memory) -> tuple[State, Tensor, Tensor]:
-        """The recurrent part of a step: state, gated context (B, K, E) and attention (B, K, N).
-
-        word (B, K, gates * H): the words' part of the cell's input.
-        """
-        query, gate, recurrent = self.from_hidden(state[0]).split(self.from_hidden_dims, dim=-1)
-        context, attention = self.attention(query, memory.keys, memory.regions)
-        if self.config.gate:
-            context = gate.sigmoid() * context
-        cell = _lstm if self.config.cell == "lstm" else _gru
-        return cell(word + self.from_context(context), recurrent, state), context, attention
-
-    def _logits(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """Logits (..., V) of the words before (..., D), states (..., H) and contexts (..., E)."""
-        if self.config.output == "deep":  # equation 7
-            mixed = words + self.mix(torch.cat([hidden, context], dim=-1))
-        else:
-            mixed = self.mix(hidden)
-        weight = self.embedding.weight if self.output_weight is None else self.output_weight
-        return F.linear(self.dropout(mixed), weight, self.output_bias)
-
-
-def _lstm(entering: Tensor, recurrent: Tensor, state: State) -> State:
-    """A step of an LSTM (Hochreiter and Schmidhuber 1997); gates: input, forget, output, new."""
-    hidden, cell = state
-    gates, new = (entering + recurrent).tensor_split([3 * cell.shape[-1]], dim=-1)
-    admit, keep, emit = gates.sigmoid().chunk(3, dim=-1)
-    cell = keep * cell + admit * new.tanh()
-    return emit * cell.tanh(), cell
-
-
-def _gru(entering: Tensor, recurrent: Tensor, state: State) -> State:
-    """A step of a GRU (Cho et al. 2014, reset after the matrix); gates: reset, update, new."""
-    (hidden,) = state
-    dims = [2 * hidden.shape[-1]]
-    (gates_in, new_in), (gates, new) = (x.tensor_split(dims, dim=-1) for x in (entering, recurrent))
-    reset, update = (gates_in + gates).sigmoid().chunk(2, dim=-1)
-    new = (new_in + reset * new).tanh()
-    return (new + update * (hidden - new),)
-
-
-DECODERS: dict[str, Callable[[DecoderConfig, int, int], Decoder]] = {"soft": SoftAttentionDecoder}
-"""The decoders by name. Another one needs its class and a line here: training and search know
-only `Decoder`."""
-
-
-def build_decoder(config: DecoderConfig, region_dim: int, vocab_size: int) -> Decoder:
-    """The decoder that `config` asks for, with random weights.
-
-    Raises ValueError for an unknown name.
-    """
-    if config.name not in DECODERS:
-        raise ValueError(
-            f"--model.decoder.name is {config.name!r}: give one of {', '.join(DECODERS)}"
-        )
-    return DECODERS[config.name](config, region_dim, vocab_size)

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig, seed
+from caption_ray.model import captioner as captioner_module
 from caption_ray.model import decoder as decoder_module
+from caption_ray.model.captioner import build_decoder
 from caption_ray.model.decoder import (
     END,
     PAD,
     START,
     DecoderOutput,
     Memory,
-    SoftAttentionDecoder,
-    build_decoder,
 )
 from caption_ray.model.loss import token_loss
+from caption_ray.model.soft import SoftAttentionDecoder
 
 B, K, N, E, L, D, H, A, V = 2, 3, 4, 5, 7, 6, 8, 7, 11
 CONFIG = DecoderConfig(embedding_dim=D, hidden_dim=H, attention_dim=A, dropout=0.0)
@@ -351,6 +352,6 @@ def test_another_decoder_takes_a_class_and_a_line(monkeypatch: pytest.MonkeyPatc
             attention = torch.full((*mask.shape, N), 1 / N)
             return DecoderOutput(self.logits.expand(int(mask.sum()), -1), attention, mask)
 
-    monkeypatch.setitem(decoder_module.DECODERS, "constant", Constant)
+    monkeypatch.setitem(captioner_module.DECODERS, "constant", Constant)
     decoder = build_decoder(dataclasses.replace(CONFIG, name="constant"), E, V)
     assert isinstance(decoder, Constant)

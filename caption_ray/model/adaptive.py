@@ -1,0 +1,116 @@
+"""The adaptive decoder: it may look at the picture, or rely on what it has said.
+
+Shapes as in decoder.py, and T steps; G gates.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from caption_ray.config import DecoderConfig
+from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State, StepOutput
+
+
+class AdaptiveAttentionDecoder(Decoder):
+    """Spatial attention with a visual sentinel (Lu et al., 1612.01887, sections 2.2 and 2.3).
+
+    The LSTM reads words and the whole picture, and does not wait for what is attended to. So in
+    training it runs over all steps in one call, and so does everything after it.
+    """
+
+    def __init__(self, config: DecoderConfig, region_dim: int, vocab_size: int) -> None:
+        super().__init__()
+        hidden, word_dim = config.hidden_dim, config.embedding_dim
+        self.hidden_dim = hidden
+        self.attention_dim = config.attention_dim
+        self.project = nn.Sequential(nn.Linear(region_dim, hidden), nn.ReLU())  # v_i
+        self.summarize = nn.Sequential(nn.Linear(region_dim, word_dim), nn.ReLU())  # v_g
+        self.embedding = nn.Embedding(vocab_size, word_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.lstm = nn.LSTM(2 * word_dim, hidden, batch_first=True)
+        self.sentinel_gate = nn.Linear(2 * word_dim + hidden, hidden)
+        self.key = nn.Linear(hidden, config.attention_dim, bias=False)  # W_v
+        self.query = nn.Linear(hidden, config.attention_dim)  # W_g
+        self.sentinel_key = nn.Linear(hidden, config.attention_dim, bias=False)  # W_s
+        self.score = nn.Linear(config.attention_dim, 1, bias=False)  # w_h
+        self.output = nn.Linear(hidden, vocab_size)
+        nn.init.normal_(self.embedding.weight, std=word_dim**-0.5)
+
+    def prepare(self, regions: Tensor) -> Memory:
+        """Regions (B, N, H) with the whole picture's summary, (B, 1, D), kept beside the keys."""
+        projected = self.project(regions)
+        return Memory(projected, self.key(projected), self.summarize(regions.mean(dim=1)))
+
+    def initial_state(self, memory: Memory, k: int) -> State:
+        start = memory.regions.new_zeros(len(memory.regions), k, self.hidden_dim)
+        start = start.float()  # under autocast too, as the state adds up over a caption
+        return start, start
+
+    def step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
+        entering = self._entering(tokens.unsqueeze(-1), memory)  # (B, K, 1, 2 D)
+        batch, k = tokens.shape
+        hidden, cell = (part.reshape(1, batch * k, -1) for part in state)
+        _, (new_hidden, new_cell) = self.lstm(entering.flatten(0, 1).float(), (hidden, cell))
+        new = new_hidden.view(batch, k, -1), new_cell.view(batch, k, -1)
+        gate = self.sentinel_gate(torch.cat([entering.squeeze(2), state[0]], dim=-1)).sigmoid()
+        sentinel = gate * new[1].tanh()
+        mixed, attention = self._attend(new[0], sentinel, memory)
+        return StepOutput(self.output(self.dropout(mixed)), new, attention)
+
+    def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+        mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
+        longest = max(1, int(mask.sum(dim=-1).max()))
+        memory = self.prepare(regions)
+        entering = self._entering(tokens[..., :longest], memory)  # (B, K, T, 2 D)
+        batch, k = tokens.shape[:2]
+        rows = entering.flatten(0, 1)  # (B K, T, 2 D)
+        hidden, _ = self.lstm(rows)  # (B K, T, H)
+        before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
+        gate = self.sentinel_gate(torch.cat([rows, before], dim=-1)).sigmoid()
+        sentinel = gate * self._cells(rows, before).tanh()
+        real = mask[..., :longest]
+        hidden, sentinel = (part.reshape(batch, k * longest, -1) for part in (hidden, sentinel))
+        mixed, attention = self._attend(hidden, sentinel, memory)
+        mixed = mixed.view(batch, k, longest, -1)[real]  # (M, H)
+        attention = attention.view(batch, k, longest, -1)
+        attention = F.pad(attention, (0, 0, 0, mask.shape[-1] - longest))
+        return DecoderOutput(self.output(self.dropout(mixed)), attention, mask)
+
+    def _entering(self, tokens: Tensor, memory: Memory) -> Tensor:
+        """The LSTM's input (B, K, T, 2 D): words (B, K, T), and the whole picture with each."""
+        words = self.dropout(self.embedding(tokens))
+        assert memory.summary is not None
+        picture = memory.summary.to(words.dtype)[:, None, None].expand_as(words)
+        return torch.cat([words, picture], dim=-1)
+
+    def _cells(self, entering: Tensor, before: Tensor) -> Tensor:
+        """The LSTM's memory after each step (B K, T, H), which torch's kernel keeps to itself.
+
+        The gates of all steps follow in one product from its inputs and hidden states; only
+        c = f c + i g is left to do step by step.
+        """
+        from_input, from_hidden, *biases = self.lstm.all_weights[0]
+        gates = F.linear(entering, from_input, biases[0])
+        gates = gates + F.linear(before.to(gates.dtype), from_hidden, biases[1])
+        admit, keep, new, _ = gates.float().chunk(4, dim=-1)
+        added = admit.sigmoid() * new.tanh()
+        cell = torch.zeros_like(added[:, 0])
+        cells = []
+        for one_keep, one_added in zip(keep.sigmoid().unbind(1), added.unbind(1), strict=True):
+            cell = one_keep * cell + one_added
+            cells.append(cell)
+        return torch.stack(cells, dim=1)
+
+    def _attend(self, hidden: Tensor, sentinel: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """What the logits are read from, (B, Q, H), and the regions' weights, (B, Q, N), of
+        hidden states and sentinels (B, Q, H)."""
+        query = self.query(hidden)  # (B, Q, A)
+        match = (query.unsqueeze(2) + memory.keys.unsqueeze(1)).tanh()  # (B, Q, N, A)
+        scores = self.score(match).squeeze(-1)  # (B, Q, N)
+        rest = self.score((query + self.sentinel_key(sentinel)).tanh())  # (B, Q, 1)
+        attention = scores.softmax(dim=-1)
+        trust = torch.cat([scores, rest], dim=-1).softmax(dim=-1)[..., -1:]  # beta, (B, Q, 1)
+        context = attention @ memory.regions
+        return trust * sentinel + (1 - trust) * context + hidden, attention
