@@ -187,8 +187,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise UnknownFormatError(
             f"no picture in an accepted format: {', '.join(FORMATS)}"
         ) from error
+    except Image.DecompressionBombError as error:  # far above, even Pillow does not look further
+        raise ImageError(f"more than {max_pixels} pixels") from error
     except _DECODER_ERRORS as error:
-        raise ImageError(f"cannot be read: {error}") from error
+        raise ImageError(str(error)) from error
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} are more than {max_pixels} pixels")

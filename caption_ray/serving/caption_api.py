@@ -20,10 +20,13 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from caption_ray.serving.backend import MAX_BEAMS, MAX_LENGTH, MAX_RETURN, Answer, Options
-from caption_ray.serving.errors import Refusal, Strict, documented, explain
+from caption_ray.serving.errors import Refusal, Strict, documented, explain, read_json
 from caption_ray.serving.service import MAX_PICTURES, Service, first_of, unforeseen
 
 MAX_SEED = 2**63 - 1
+
+SMALLEST = 1e-6
+"""Least temperature and top_p: far below, they are zero in float32 and there is nothing to draw."""
 
 
 class Generation(Strict):
@@ -44,13 +47,13 @@ class Generation(Strict):
     do_sample: bool | None = None
     """Whether words are drawn at random; true if any of the next three is given."""
 
-    temperature: float | None = Field(default=None, gt=0, le=10)
+    temperature: float | None = Field(default=None, ge=SMALLEST, le=10)
     """Words are drawn from softmax(logits / temperature); default 1."""
 
     top_k: int | None = Field(default=None, ge=1)
     """Draw among so many of the likeliest words only."""
 
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=SMALLEST, le=1)
     """Draw among the fewest words that together have this probability."""
 
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -192,7 +195,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         200: {
             "description": "Captions, the best first; a list of these for a list of pictures.",
             "model": list[GeneratedCaption] | list[list[GeneratedCaption]] | GeneratedCaption,
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {}},
         },
         **documented("caption", 400, 401, 408, 413, 415, 422, 429, 500, 503, 504),
     }
@@ -309,10 +312,7 @@ async def _read(data: bytes, headers: Headers, query: Parameters) -> Job:
 
 
 def _read_json(data: bytes, query: Parameters) -> Job:
-    try:
-        request = CaptionRequest.model_validate_json(data)
-    except ValidationError as error:
-        raise explain(error, CaptionRequest) from error
+    request = read_json(CaptionRequest, data)
     is_list = isinstance(request.inputs, list)
     inputs = request.inputs if isinstance(request.inputs, list) else [request.inputs]
     pictures = [
@@ -334,17 +334,15 @@ async def _read_form(data: bytes, headers: Headers, query: Parameters) -> Job:
         raise Refusal(400, "validation", f"the form cannot be read: {error}") from error
     unknown = sorted(set(form) - {"image", "parameters"})
     if unknown:
-        message = f"{unknown[0]} is no field of the form: valid are image and parameters"
+        # repr: the form's charset may lead to characters that cannot be written
+        message = f"{unknown[0]!r} is no field of the form: valid are image and parameters"
         raise Refusal(400, "validation", message, field=unknown[0])
     files = [file for file in form.getlist("image") if isinstance(file, UploadFile)]
     if not files or len(files) != len(form.getlist("image")):
         message = "image is missing, or no file: send pictures as files named image"
         raise Refusal(400, "validation", message, field="image")
     text = form.get("parameters")
-    try:
-        own = JsonParameters.model_validate_json(str(text)) if text is not None else None
-    except ValidationError as error:
-        raise explain(error, JsonParameters, "parameters") from error
+    own = read_json(JsonParameters, str(text), "parameters") if text is not None else None
     pictures = [await file.read() for file in files]
     return Job(pictures, len(pictures) > 1, _merge(own, query))
 
@@ -356,9 +354,10 @@ def _merge(own: JsonParameters | None, query: Parameters) -> Parameters:
     sources: list[BaseModel] = [query, own]
     sources += [part for part in (own.generation_parameters, own.generate_kwargs) if part]
     merged: dict[str, Any] = {}
+    nested = {"generation_parameters", "generate_kwargs"}
     for source in sources:
-        for name in source.model_fields_set - {"generation_parameters", "generate_kwargs"}:
-            value = getattr(source, name)
+        given = source.model_dump(exclude_unset=True, exclude_none=True, exclude=nested)
+        for name, value in given.items():
             if merged.get(name, value) != value:
                 message = f"{name} is both {merged[name]!r} and {value!r}: say it once"
                 raise Refusal(400, "validation", message, field=name)

@@ -12,13 +12,16 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from caption_ray.serving.backend import MAX_LENGTH, MAX_RETURN, Answer, Options
-from caption_ray.serving.caption_api import MAX_SEED, NO_CACHE, decode_base64
-from caption_ray.serving.errors import Refusal, Strict, documented, explain
+from caption_ray.serving.caption_api import MAX_SEED, NO_CACHE, SMALLEST, decode_base64
+from caption_ray.serving.errors import Refusal, Strict, documented, read_json
 from caption_ray.serving.fetch import FetchError, fetch
 from caption_ray.serving.service import Service, first_of, unforeseen
+
+MAX_MESSAGES = 1000
+"""Most messages, and most parts of one: pydantic tells what is wrong with each."""
 
 
 class Message(BaseModel):
@@ -30,6 +33,15 @@ class Message(BaseModel):
         description="Of the last message of the user: one part "
         '`{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}`, and any text.',
     )
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_or_parts(cls, content: Any) -> Any:
+        parts = content if isinstance(content, list) else []
+        is_one = content is None or isinstance(content, str | list)
+        if not is_one or len(parts) > MAX_MESSAGES or not all(isinstance(p, dict) for p in parts):
+            raise ValueError(f"give a text, or a list of at most {MAX_MESSAGES} parts")
+        return content
 
 
 class StreamOptions(Strict):
@@ -68,7 +80,7 @@ class ChatRequest(Strict):
     model: str
     """As `GET /v1/models` names it."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     """The last one of the user holds the picture."""
 
     stream: bool = False
@@ -88,7 +100,7 @@ class ChatRequest(Strict):
     temperature: float | None = Field(default=None, ge=0, le=2)
     """Above 0 words are drawn; else the best caption is searched for."""
 
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=SMALLEST, le=1)
     """Draw among the fewest words that together have this probability."""
 
     seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
@@ -110,6 +122,8 @@ class ChatRequest(Strict):
     def options(self) -> Options:
         drawn = self.temperature is not None or self.top_p is not None
         temperature = 1.0 if self.temperature is None else self.temperature
+        if temperature < SMALLEST:
+            temperature = 0.0
         most = self.max_completion_tokens or self.max_tokens
         return Options(
             num_return=self.n or 1,
@@ -169,7 +183,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         200: {
             "description": "The captions.",
             "model": ChatCompletion,
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {}},
         },
         **documented("chat", 400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     }
@@ -198,10 +212,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
     async def complete(request: Request) -> Response:
         """A caption of the picture in the last message of the user."""
         async with service.body(request) as data:
-            try:
-                asked = await asyncio.to_thread(ChatRequest.model_validate_json, data)
-            except ValidationError as error:
-                raise explain(error, ChatRequest) from error
+            asked = await asyncio.to_thread(read_json, ChatRequest, data)
             if asked.model != name:
                 raise _unknown_model(asked.model, name)
             picture = await asyncio.to_thread(_picture, asked, service)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse
 
 Family = Literal["caption", "chat"]
 """Whose clients read the answer: Hugging Face's (and everybody else), or OpenAI's (`/v1`)."""
+
+MAX_FIELDS = 100
+"""Most fields of an object in a request; no model has as many."""
+
+Read = TypeVar("Read", bound=BaseModel)
 
 CHAT_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -100,6 +105,22 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        # pydantic collects all problems: those of a million unknown fields would take gigabytes
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"{len(value)} fields; valid: {', '.join(cls.model_fields)}")
+        return value
+
+
+def read_json(model: type[Read], data: str | bytes, prefix: str = "") -> Read:
+    """Raises Refusal. Nothing is converted: neither true nor "1" is a number."""
+    try:
+        return model.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise explain(error, model, prefix) from error
+
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> Refusal:
     """The first of the problems of `model`: the field, its value, what is wrong and, of an unknown
@@ -107,14 +128,16 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     return refuse_field(error.errors(include_url=False)[0], model, prefix)
 
 
-def refuse_field(problem: Any, model: type[BaseModel] | None = None, prefix: str = "") -> Refusal:
+def refuse_field(
+    problem: Any, model: type[BaseModel], prefix: str = "", whole: str = "the body"
+) -> Refusal:
     """A problem as pydantic describes it."""
-    path = [str(part) for part in problem["loc"] if part not in ("query", "path")]
-    field = ".".join([prefix] * bool(prefix) + path) or "the body"
+    path = [str(part) for part in problem["loc"]]
+    field = ".".join([prefix] * bool(prefix) + path) or whole
     value = repr(problem.get("input"))
     shown = value if len(value) <= 100 else f"{value[:100]}..."
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden" and model is not None:
+    if problem["type"] == "extra_forbidden":
         message = f"unknown; valid: {', '.join(_fields(model, path[:-1]))}"
     return Refusal(400, "validation", f"{field} is {shown}: {message}", field=field)
 

@@ -14,6 +14,7 @@ import re
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -79,9 +80,12 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_query(request: Request, error: RequestValidationError) -> Response:
-        return refuse_field(error.errors()[0], caption_api.Parameters).response(
-            _family(request.scope)
+        problem = error.errors()[0]
+        source, *path = problem["loc"]  # only /caption has parameters of its own to be wrong
+        refusal = refuse_field(
+            {**problem, "loc": path}, caption_api.Parameters, whole=f"the {source}"
         )
+        return refusal.response(_family(request.scope))
 
     @app.get("/livez", tags=["probes"])
     async def livez() -> dict[str, str]:
@@ -122,7 +126,7 @@ def _add_page(app: FastAPI, examples: str | None) -> None:
 
     @app.get("/examples", include_in_schema=False)
     async def list_examples() -> dict[str, list[dict[str, str]]]:
-        return {"examples": [{"name": name, "url": f"examples/{name}"} for name in pictures]}
+        return {"examples": [{"name": name, "url": f"examples/{quote(name)}"} for name in pictures]}
 
     @app.get("/examples/{name}", include_in_schema=False)
     async def example(name: str) -> Response:
@@ -160,17 +164,18 @@ def _drawn_scenes() -> dict[str, bytes]:
 def _pictures_in(folder: str) -> dict[str, bytes]:
     """The first pictures in a folder or bucket prefix, by name."""
     uri = storage.resolve(folder)
-    names = sorted(storage.list_files(uri))[:MAX_EXAMPLES]
-    if not names:
-        raise ValueError(f"examples is {folder!r}: there are no files; name a folder of pictures")
     pictures = {}
-    for name in names:
-        data = storage.read_bytes(storage.join(uri, name))
-        try:
+    try:
+        for file in storage.list_files(uri)[:MAX_EXAMPLES]:
+            data = storage.read_bytes(file)
             transforms.image_size(data)
-        except transforms.ImageError as error:
-            raise ValueError(f"examples is {folder!r}: {name} is no picture: {error}") from error
-        pictures[name] = data
+            pictures[storage.name(file)] = data
+    except transforms.ImageError as error:
+        raise ValueError(f"examples is {folder!r}: {file} is no picture: {error}") from error
+    except OSError as error:
+        raise ValueError(f"examples is {folder!r}: {error}") from error
+    if not pictures:
+        raise ValueError(f"examples is {folder!r}: there are no files; name a folder of pictures")
     return pictures
 
 

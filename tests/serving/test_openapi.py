@@ -1,0 +1,112 @@
+"""/openapi.json and the endpoint agree, also about requests that nobody thought of: schemathesis
+makes them from the description, valid ones and, by changing these, invalid ones."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.testclient import TestClient
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+"""Not positive_data_acceptance: no schema says what is a picture, or which beams are enough."""
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+"""One pixel."""
+
+
+schemathesis.openapi.media_type("image/*", st.just(PNG) | st.binary(max_size=100))
+
+
+SETTINGS = settings(
+    max_examples=150,
+    derandomize=True,  # the same requests each time
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+OPERATIONS = [
+    ("POST", "/caption"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models/{model_id}"),
+    ("GET", "/v1/models"),
+    ("GET", "/info"),
+    ("GET", "/livez"),
+    ("GET", "/readyz"),
+]
+
+
+@pytest.fixture
+def described(client: Callable[..., TestClient]) -> Any:
+    app = client(max_body_bytes=10**7, max_buffered_bytes=10**8).app  # 413 would hide a 400
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+def test_no_operation_is_left_out(described: Any) -> None:
+    found = {
+        (operation.ok().method.upper(), operation.ok().path)
+        for operation in described.get_all_operations()
+    }
+    assert found == set(OPERATIONS)
+
+
+def with_picture(case: Any) -> Any:
+    """The same request, but about a picture: schemas only know of texts."""
+    text = base64.b64encode(PNG).decode()
+    if case.media_type == "multipart/form-data":
+        case.body = {"image": [PNG]}
+    elif case.path == "/caption" and isinstance(case.body, dict):
+        is_list = isinstance(case.body["inputs"], list)
+        case.body["inputs"] = [text] * len(case.body["inputs"]) if is_list else text
+    elif case.path == "/v1/chat/completions":
+        url = {"url": f"data:image/png;base64,{text}"}
+        message = {"role": "user", "content": [{"type": "image_url", "image_url": url}]}
+        case.body["model"] = "caption_ray"
+        case.body["messages"].append(message)
+    return case
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_valid_requests_are_answered_as_described(described: Any, method: str, path: str) -> None:
+    statuses = set()
+
+    @SETTINGS
+    @given(described[path][method].as_strategy(generation_mode=GenerationMode.POSITIVE))
+    def check(case: Any) -> None:
+        answer = with_picture(case).call_and_validate(checks=CHECKS)
+        statuses.add(answer.status_code)
+
+    check()
+    assert (404 if "{" in path else 200) in statuses
+    assert statuses <= {200, 400, 404, 415}
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS[:2])
+def test_invalid_requests_are_refused_as_described(described: Any, method: str, path: str) -> None:
+    @SETTINGS
+    @given(described[path][method].as_strategy(generation_mode=GenerationMode.NEGATIVE))
+    def check(case: Any) -> None:
+        case.call_and_validate(checks=[*CHECKS, negative_data_rejection])
+
+    check()
