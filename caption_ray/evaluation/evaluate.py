@@ -18,11 +18,12 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from caption_ray import cluster, storage
+from caption_ray.config import SearchConfig
 from caption_ray.data.pipeline import DataSet, RawImages, ShardFile
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.shapes import judge
 from caption_ray.data.transforms import ImageError
-from caption_ray.serving.predictor import Predictor
+from caption_ray.serving.predictor import Predictor, prepare_with_box
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BATCH_SIZE = 32
@@ -32,28 +33,38 @@ DECODE_THREADS = 4
 class _Captions:
     """Actor: rows with `image` bytes (or None and an `error`) -> rows with caption or error."""
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, search: SearchConfig | None, attention: bool) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.predictor = Predictor.from_uri(checkpoint, device)
+        self.predictor = Predictor.from_uri(checkpoint, device, search)
+        self.attention = attention
         self.threads = ThreadPoolExecutor(DECODE_THREADS)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
-        squares = list(self.threads.map(self._prepare, rows))
-        good = [number for number, square in enumerate(squares) if square is not None]
+        prepared = list(self.threads.map(self._prepare, rows))
+        good = [number for number, one in enumerate(prepared) if one is not None]
         found = (
-            self.predictor.predict(np.stack([squares[number] for number in good])) if good else []
+            self.predictor.predict(np.stack([prepared[number][0] for number in good]))
+            if good
+            else []
         )
         for row in rows:
             row.update(caption=None, log_prob=None, image=None)
         for number, (caption,) in zip(good, found, strict=True):
             rows[number].update(caption=caption.text, log_prob=caption.log_prob)
+            if self.attention and caption.attention is not None:
+                rows[number].update(
+                    words=caption.words,
+                    attention=caption.attention.ravel(),
+                    grid=caption.attention.shape[1:],
+                    box=prepared[number][1],
+                )
         return pa.Table.from_pylist(rows, schema=_RESULT)
 
     def _prepare(self, row: dict[str, Any]) -> Any:
         if row["error"] is None:
             try:
-                return self.predictor.prepare(row["image"])
+                return prepare_with_box(row["image"], self.predictor.encoder_config)
             except ImageError as error:
                 row["error"] = str(error)
         return None
@@ -66,6 +77,11 @@ _RESULT = pa.schema(
         ("log_prob", pa.float64()),
         ("error", pa.string()),
         ("details", pa.string()),  # JSON that passes through: ids, references, objects
+        # where the words looked, if asked for: see predictor.Caption
+        ("words", pa.list_(pa.string())),
+        ("attention", pa.list_(pa.float32())),  # of all words, cell by cell
+        ("grid", pa.list_(pa.int32(), 2)),
+        ("box", pa.list_(pa.float32(), 4)),
     ]
 )
 
@@ -95,13 +111,17 @@ def caption_split(
     dataset: DataSet,
     split: str,
     *,
+    search: SearchConfig | None = None,
+    attention: bool = False,
     limit: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Caption every picture of a split exactly once (or only the first `limit`, as stored).
 
-    Returns one record a picture, sorted by `image_id`: also `file`, `caption`, `log_prob`, `error`
-    (None if all is well), `references` (what people wrote) and `objects` (see shards.SCHEMA).
+    `search` is how (default: as the checkpoint says). Returns one record a picture, sorted by
+    `image_id`: also `file`, `caption`, `log_prob`, `error` (None if all is well), `references`
+    (what people wrote), `objects` (see shards.SCHEMA) and, with `attention`, `words`, `attention`
+    (T, rows, columns) and `box` as in predictor.Caption.
     """
     pieces = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
     pictures = sum(len(piece.rows) for piece in pieces)
@@ -115,8 +135,11 @@ def caption_split(
         batch_format="pyarrow",
     )
     records = []
-    for row in _caption(read, checkpoint, pictures, progress):
+    for row in _caption(read, checkpoint, pictures, progress, search, attention):
         details = json.loads(row.pop("details"))
+        grid = row.pop("grid")
+        if grid is not None:
+            row["attention"] = np.float32(row["attention"]).reshape(len(row["words"]), *grid)
         records.append({**row, **details})
     return sorted(records, key=lambda record: record["image_id"])
 
@@ -203,14 +226,19 @@ def _read_units(table: pa.Table, units: ray.ObjectRef) -> Iterator[pa.Table]:
 
 
 def _caption(
-    encoded: Dataset, checkpoint: str, total: int, progress: bool
+    encoded: Dataset,
+    checkpoint: str,
+    total: int,
+    progress: bool,
+    search: SearchConfig | None = None,
+    attention: bool = False,
 ) -> Iterator[dict[str, Any]]:
     gpus = cluster.num_gpus()
     # one CPU stays free for reading
     actors = gpus or max(1, int(cluster.num_cpus()) - 1)
     captioned = encoded.map_batches(
         _Captions,
-        fn_constructor_args=[checkpoint],
+        fn_constructor_args=[checkpoint, search, attention],
         batch_size=BATCH_SIZE,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=actors),

@@ -1,0 +1,109 @@
+"""The pointing game: does a word that names an object look at it?
+
+After Zhang et al., 1608.00507: a word hits if its attention is highest inside a box of an object
+that it names. Boxes come from the embedded data set or from COCO's instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Box = Sequence[float]
+"""Left, top, right and bottom, as fractions of the picture."""
+
+SYNONYMS = {
+    "person": "man men woman women boy boys girl girls people child children kid kids player "
+    "players lady guy".split(),
+    "bicycle": ["bike", "bikes"],
+    "motorcycle": ["motorbike", "motorbikes"],
+    "airplane": ["plane", "planes", "jet"],
+    "couch": ["sofa", "sofas"],
+    "tv": ["television", "televisions"],
+    "cell phone": ["phone", "phones", "cellphone"],
+    "dining table": ["table", "tables"],
+    "sheep": ["lamb", "lambs"],
+    "sports ball": ["ball", "balls"],
+    "potted plant": ["plant", "plants"],
+    "wine glass": ["glass", "glasses"],
+}
+"""What people call COCO's categories besides their names."""
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """Of many captions."""
+
+    words: int
+    """Words that name an object of their picture."""
+    hits: int
+    """Those of them that look at it."""
+    chance: float
+    """Expected hits if every word looked anywhere."""
+
+    @property
+    def score(self) -> float:
+        """Share of hits; 0 if no word names anything."""
+        return self.hits / self.words if self.words else 0.0
+
+    @property
+    def chance_score(self) -> float:
+        return self.chance / self.words if self.words else 0.0
+
+    def __add__(self, other: Pointing) -> Pointing:
+        return Pointing(
+            self.words + other.words, self.hits + other.hits, self.chance + other.chance
+        )
+
+
+def point(
+    words: Sequence[str],
+    attention: NDArray[np.float32],
+    objects: Sequence[Mapping[str, Any]],
+    box: Box = (0.0, 0.0, 1.0, 1.0),
+) -> Pointing:
+    """Of one caption: `attention` is (T, rows, columns) over the part `box` of the picture.
+
+    `objects` are as the shards hold them: `category`, and `bbox` as x, y, width and height. The
+    last word of a name counts ("circle" of "large red circle"), in the singular or plural.
+    """
+    rows, columns = attention.shape[1:]
+    left, top, right, bottom = box
+    x = left + (np.arange(columns) + 0.5) / columns * (right - left)
+    y = top + (np.arange(rows) + 0.5) / rows * (bottom - top)
+    inside: dict[str, NDArray[np.bool_]] = {}
+    for thing in objects:
+        x0, y0, width, height = thing["bbox"]
+        cells = np.outer((y0 <= y) & (y <= y0 + height), (x0 <= x) & (x <= x0 + width))
+        category = str(thing["category"])
+        inside[category] = inside.get(category, np.zeros((rows, columns), bool)) | cells
+    names = {
+        tuple(name.split()): category
+        for category in inside
+        for name in (category, *SYNONYMS.get(category, ()))
+    }
+    total = Pointing(0, 0, 0.0)
+    for place in range(len(words)):
+        named = _named(words[: place + 1], names)
+        if named is not None:
+            hit = bool(inside[named].flat[int(attention[place].argmax())])
+            total += Pointing(1, int(hit), float(inside[named].mean()))
+    return total
+
+
+def _named(words: Sequence[str], names: Mapping[tuple[str, ...], str]) -> str | None:
+    """The category that the last of the words names, the longest name first."""
+    for name in sorted(names, key=len, reverse=True):
+        said = tuple(words[-len(name) :])
+        if said == name or said[:-1] == name[:-1] and said[-1:] and said[-1] in _plurals(name[-1]):
+            return names[name]
+    return None
+
+
+def _plurals(word: str) -> tuple[str, ...]:
+    plurals = (f"{word}s", f"{word}es")
+    return (*plurals, f"{word[:-1]}ies") if word.endswith("y") else plurals
