@@ -65,6 +65,11 @@ def name(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
+def parent(uri: str) -> str:
+    """`uri` without its last part."""
+    return uri.rstrip("/").rsplit("/", 1)[0]
+
+
 # Operations -----------------------------------------------------------------------------------
 
 

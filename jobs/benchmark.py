@@ -21,9 +21,9 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -56,7 +56,7 @@ class Serve:
     rounds: int = 5
     """How often everything is measured; medians are reported."""
     quick: bool = False
-    """One round, and a quarter of the requests."""
+    """One round, and half of the requests."""
 
 
 def main() -> None:
@@ -68,12 +68,11 @@ def main() -> None:
 
 # serve ----------------------------------------------------------------------------------------
 
-PICTURES_PER_CLIENT = {1: 24, 8: 8}
-"""Requests of each client; 8 clients or more fill batches, and so need fewer each."""
+REQUESTS_PER_CLIENT = {1: 24, 8: 8, 32: 6}
+"""Many clients need fewer each to fill many batches; above 32, 3."""
 
 
 def benchmark_serve(options: Serve) -> None:
-    rounds = 1 if options.quick else options.rounds
     picture = Path(options.picture).read_bytes() if options.picture else drawn_picture()
     with tempfile.TemporaryDirectory() as folder:
         uri = options.checkpoint or untrained_checkpoint(Path(folder))
@@ -81,33 +80,36 @@ def benchmark_serve(options: Serve) -> None:
         batch_size = app.Arguments().max_batch_size
         predictor.warm_up(batch_size)
         with PlainServer(predictor.uri) as plain, RayServer(predictor.uri) as served:
-            results: dict[str, list[Result]] = {}
-            for _ in range(rounds):
-                for arm, measure in arms(options, predictor, picture, plain, served, batch_size):
-                    results.setdefault(arm, []).append(measure())
-                    print(f"{arm}: {results[arm][-1]}", flush=True)
-    report_serve(results, options, predictor, batch_size)
+            servers = {"ray": served, "plain": plain}
+            rows = measure_serve(options, predictor, picture, servers, batch_size)
+    report_serve(rows, predictor)
 
 
-def arms(
-    options: Serve, predictor: Predictor, picture: bytes, plain: str, served: str, batch_size: int
-) -> list[tuple[str, Callable[[], Result]]]:
-    share = 4 if options.quick else 1
-    found: list[tuple[str, Callable[[], Result]]] = [
-        ("alone, 1", lambda: alone(predictor, picture, 1, 24 // share)),
-        (f"alone, {batch_size}", lambda: alone(predictor, picture, batch_size, 16 // share)),
-    ]
-    for clients in options.clients:
-        requests = clients * PICTURES_PER_CLIENT.get(clients, 6)
-        requests = max(clients, requests // share)
-        found.append(
-            (f"ray, {clients}", lambda c=clients, r=requests: ask(served, picture, c, r))  # type: ignore[misc]
-        )
-        fewer = max(min(clients, 32), requests // 4)  # it gets no faster by more
-        found.append(
-            (f"plain, {clients}", lambda c=clients, r=fewer: ask(plain, picture, c, r))  # type: ignore[misc]
-        )
-    return found
+def measure_serve(
+    options: Serve, predictor: Predictor, picture: bytes, servers: dict[str, str], batch_size: int
+) -> list[Row]:
+    """Every server with every number of clients, each time between two measurements of the
+    predictor alone: a machine's speed changes within minutes."""
+    rounds, share = (1, 2) if options.quick else (options.rounds, 1)
+    rows: list[Row] = []
+
+    def measure_alone(clients: int) -> Result:
+        size = 1 if clients == 1 else batch_size
+        return alone(predictor, picture, size, max(2, (12 if size == 1 else 4) // share))
+
+    for _ in range(rounds):
+        for clients in options.clients:
+            before = measure_alone(clients)
+            for name, url in servers.items():
+                requests = clients * REQUESTS_PER_CLIENT.get(clients, 3) // share
+                if name == "plain":  # no faster with more of them
+                    requests = max(8, requests // 4)
+                found = ask(url, picture, clients, requests)
+                after = measure_alone(clients)
+                rows.append(Row(name, clients, found, before, after))
+                print(f"{name}, {clients} clients: {found.per_second:.2f} pictures/s", flush=True)
+                before = after
+    return rows
 
 
 @dataclass
@@ -133,6 +135,28 @@ class Result:
             len(ordered) / seconds, quantile(0.5), quantile(0.95), quantile(0.99),
             len(ordered), refused, failed,
         )  # fmt: skip
+
+
+PERCENTILES = ("p50_ms", "p95_ms", "p99_ms")
+
+
+@dataclass
+class Row:
+    """A server with a number of clients, between two measurements of the predictor alone."""
+
+    server: str
+    clients: int
+    result: Result
+    before: Result
+    after: Result
+
+    @property
+    def of_alone(self) -> float:
+        return 2 * self.result.per_second / (self.before.per_second + self.after.per_second)
+
+    @property
+    def added_ms(self) -> float:
+        return self.result.p50_ms - (self.before.p50_ms + self.after.p50_ms) / 2
 
 
 def alone(predictor: Predictor, picture: bytes, batch_size: int, batches: int) -> Result:
@@ -178,46 +202,40 @@ def ask(url: str, picture: bytes, clients: int, requests: int) -> Result:
     return Result.of(seconds, latencies, counts["refused"], counts["failed"])
 
 
-def report_serve(
-    results: dict[str, list[Result]], options: Serve, predictor: Predictor, batch_size: int
-) -> None:
-    def median(arm: str, field: str) -> float:
-        return statistics.median(getattr(result, field) for result in results[arm])
-
-    best = median(f"alone, {batch_size}", "per_second")
-    single = median("alone, 1", "p50_ms")
+def report_serve(rows: list[Row], predictor: Predictor) -> None:
     encoder = predictor.encoder_config
     device = f"{predictor.device}, {torch.get_num_threads()} threads"
     print(f"\n{encoder.name} at {encoder.image_size} pixels, {predictor.search}, {device}")
-    heads = ("pictures/s", "of alone", "p50 ms", "p95 ms", "p99 ms", "refused", "failed")
-    print(f"{'':12}" + "".join(f"{head:>12}" for head in heads))
-    for arm in results:
-        rates = [result.per_second for result in results[arm]]
+    heads = ("pictures/s", "of alone", "p50 ms", "p95 ms", "p99 ms", "added ms", "429", "failed")
+    print(f"{'':12}" + "".join(f"{head:>14}" for head in heads))
+    record: dict[str, Any] = {"section": "serve", "encoder": encoder.name, "device": device}
+    for server, clients in dict.fromkeys((row.server, row.clients) for row in rows):
+        mine = [row for row in rows if (row.server, row.clients) == (server, clients)]
+        results = [row.result for row in mine]
+        of_alone = [row.of_alone for row in mine]
+        added = [row.added_ms for row in mine]
         cells = [
-            f"{median(arm, 'per_second'):.1f} ± {(max(rates) - min(rates)) / 2:.1f}",
-            f"{median(arm, 'per_second') / best:.2f}",
-            *(f"{median(arm, field):.0f}" for field in ("p50_ms", "p95_ms", "p99_ms")),
-            str(sum(result.refused for result in results[arm])),
-            str(sum(result.failed for result in results[arm])),
+            spread([result.per_second for result in results], ".1f"),
+            spread(of_alone, ".2f"),
+            *(f"{statistics.median(getattr(r, f) for r in results):.0f}" for f in PERCENTILES),
+            spread(added, ".1f") if clients == 1 else "-",
+            str(sum(result.refused for result in results)),
+            str(sum(result.failed for result in results)),
         ]
-        print(f"{arm:12}" + "".join(f"{cell:>12}" for cell in cells))
-    added = median("ray, 1", "p50_ms") - single if "ray, 1" in results else math.nan
-    most = max(median(arm, "per_second") for arm in results if arm.startswith("ray"))
-    plain = max(median(arm, "per_second") for arm in results if arm.startswith("plain"))
-    print(f"At saturation {most / best:.2f} of the predictor alone and {most / plain:.2f} times "
-          f"the plain server; one client waits {added:.1f} ms longer than alone.")  # fmt: skip
-    print(
-        json.dumps(
-            {
-                "section": "serve",
-                "encoder": encoder.name,
-                "device": str(predictor.device),
-                "saturated_of_alone": round(most / best, 3),
-                "saturated_of_plain": round(most / plain, 3),
-                "added_ms": round(added, 1),
-            }
-        )
-    )
+        print(f"{server + ', ' + str(clients):12}" + "".join(f"{cell:>14}" for cell in cells))
+        record[f"{server} {clients}"] = {
+            "of_alone": round(statistics.median(of_alone), 3),
+            "added_ms": round(statistics.median(added), 1),
+        }
+    print("alone: the predictor in one process, with one client one picture at a time, else in "
+          "full batches; added ms: median latency above that")  # fmt: skip
+    print(json.dumps(record))
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median, and half of the range."""
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.median(values):{form}} ± {half:{form}}"
 
 
 class RayServer:

@@ -115,6 +115,15 @@ def shrink(data: bytes, shorter_side: int) -> bytes:
     return buffer.getvalue()
 
 
+def thumbnail(data: bytes, longer_side: int) -> bytes:
+    """A small JPEG of the picture for people to look at. Raises ImageError as `decode` does."""
+    image = Image.fromarray(np.ascontiguousarray(decode(data)))
+    image.thumbnail((longer_side, longer_side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
 Fit = Literal["stretch", "crop"]
 """How a picture becomes a square: squeezed as a whole, or cut to its centre."""
 

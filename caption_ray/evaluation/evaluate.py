@@ -22,11 +22,13 @@ from caption_ray.config import SearchConfig
 from caption_ray.data.pipeline import DataSet, RawImages, ShardFile
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.shapes import judge
-from caption_ray.data.transforms import ImageError
+from caption_ray.data.transforms import ImageError, thumbnail
 from caption_ray.serving.predictor import Predictor, prepare_with_box
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BATCH_SIZE = 32
+THUMBNAIL_SIDE = 192
+"""Longer side of the pictures in reports, in pixels."""
 DECODE_THREADS = 4
 
 
@@ -48,6 +50,7 @@ class _Captions:
             if good
             else []
         )
+        pictures = {number: rows[number]["image"] for number in good}
         for row in rows:
             row.update(caption=None, log_prob=None, image=None)
         for number, (caption,) in zip(good, found, strict=True):
@@ -58,6 +61,7 @@ class _Captions:
                     attention=caption.attention.ravel(),
                     grid=caption.attention.shape[1:],
                     box=prepared[number][1],
+                    thumbnail=thumbnail(pictures[number], THUMBNAIL_SIDE),
                 )
         return pa.Table.from_pylist(rows, schema=_RESULT)
 
@@ -82,6 +86,7 @@ _RESULT = pa.schema(
         ("attention", pa.list_(pa.float32())),  # of all words, cell by cell
         ("grid", pa.list_(pa.int32(), 2)),
         ("box", pa.list_(pa.float32(), 4)),
+        ("thumbnail", pa.binary()),  # a JPEG
     ]
 )
 
@@ -121,7 +126,7 @@ def caption_split(
     `search` is how (default: as the checkpoint says). Returns one record a picture, sorted by
     `image_id`: also `file`, `caption`, `log_prob`, `error` (None if all is well), `references`
     (what people wrote), `objects` (see shards.SCHEMA) and, with `attention`, `words`, `attention`
-    (T, rows, columns) and `box` as in predictor.Caption.
+    (T, rows, columns), `box` (see pointing.point) and `thumbnail`, a small JPEG.
     """
     pieces = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
     pictures = sum(len(piece.rows) for piece in pieces)

@@ -1,6 +1,6 @@
 """Batches: requests that wait for one device are run together, without waiting for each other.
 
-Plain asyncio around one thread, which is the only one that uses the device.
+Plain asyncio around one thread for each lane, which are the only ones that use the device.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ class Batcher(Generic[Key, Item, Result]):
         wait_s: float,
         max_queue_s: float,
         max_queue: int,
+        num_lanes: int = 1,
     ) -> None:
-        """`run` is called on the one thread and returns a result for each item.
+        """`run` is called on a lane's thread and returns a result for each item. There are
+        `num_lanes` of them, so many batches run at a time.
 
         `wait_s` is how long the first item of a batch may wait for others on an idle device. An
         item is refused if, at the rate of the last batches, it would wait more than `max_queue_s`
@@ -71,15 +73,21 @@ class Batcher(Generic[Key, Item, Result]):
         self._max_queue = max_queue
         self._waiting: deque[_Entry[Key, Item, Result]] = deque()
         self._arrival = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1)  # torch keeps a pool of its own for each caller
-        self._task: asyncio.Task[None] | None = None
-        self._busy_since: float | None = None
-        self._rate: float | None = None  # items per second
+        # always the same threads: torch keeps a pool of its own for each
+        self._threads = [ThreadPoolExecutor(1) for _ in range(num_lanes)]
+        self._lanes: list[asyncio.Task[None]] = []
+        self._running: dict[int, float] = {}  # lane -> when its batch began
+        self._rate: float | None = None  # items per second and lane
 
     @property
     def busy_s(self) -> float:
-        """Seconds for which the batch that runs now has been running; 0 if none does."""
-        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+        """Seconds for which the oldest batch that runs now has been running; 0 if none does."""
+        return time.monotonic() - min(self._running.values()) if self._running else 0.0
+
+    @property
+    def num_running(self) -> int:
+        """Batches that run now."""
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -91,8 +99,9 @@ class Batcher(Generic[Key, Item, Result]):
         Raises QueueFullError, or what `run` raised for this item.
         """
         self._check_room()
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._work())
+        if not self._lanes:
+            loop = asyncio.get_running_loop()
+            self._lanes = [loop.create_task(self._work(n)) for n in range(len(self._threads))]
         entry: _Entry[Key, Item, Result] = _Entry(
             key, item, asyncio.get_running_loop().create_future(), time.monotonic()
         )
@@ -101,26 +110,23 @@ class Batcher(Generic[Key, Item, Result]):
         return await entry.future
 
     def _check_room(self) -> None:
-        wait = len(self._waiting) / self._rate if self._rate else 0.0
+        wait = len(self._waiting) / (self._rate * len(self._threads)) if self._rate else 0.0
         if len(self._waiting) >= self._max_queue or wait > self._max_queue_s:
             # when about half of those before it are done
             raise QueueFullError(max(1, min(60, math.ceil(wait / 2))))
 
-    async def _work(self) -> None:
+    async def _work(self, lane: int) -> None:
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._next_batch()
-            self._busy_since = time.monotonic()
+            start = self._running[lane] = time.monotonic()
             try:
-                await loop.run_in_executor(self._thread, self._run_batch, batch, loop)
-                rate = len(batch) / self.busy_s
-                self._rate = (
-                    rate
-                    if self._rate is None
-                    else RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * self._rate
-                )
+                await loop.run_in_executor(self._threads[lane], self._run_batch, batch, loop)
             finally:
-                self._busy_since = None
+                del self._running[lane]
+            rate = len(batch) / (time.monotonic() - start)
+            before = rate if self._rate is None else self._rate
+            self._rate = RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * before
 
     async def _next_batch(self) -> list[_Entry[Key, Item, Result]]:
         while True:

@@ -30,6 +30,9 @@ from caption_ray.training.checkpoint import CheckpointError
 HANG_S = 60.0
 """Seconds after which a batch that still runs means that the device hangs."""
 
+MAX_CPU_LANES = 2
+"""Batches that run at a time without GPU, each on its share of the cores; one alone has all."""
+
 logger = logging.getLogger("ray.serve")
 
 
@@ -120,9 +123,7 @@ class Captioner:
         self.fallback = fallback
         has_gpu = bool(ray.get_runtime_context().get_accelerator_ids()["GPU"])
         self.device = torch.device("cuda" if has_gpu else "cpu")
-        if not has_gpu:
-            # Ray would give it as many as it has CPUs reserved, here one.
-            torch.set_num_threads(cpu_threads or os.cpu_count() or 1)
+        self.cpu_threads = cpu_threads or os.cpu_count() or 1
         self.compile_decoder = compile_decoder
         self.max_batch_size = max_batch_size
         self.batcher: Batcher[_Key, _Item, Answer | Outdated] = Batcher(
@@ -131,6 +132,9 @@ class Captioner:
             wait_s=batch_wait_timeout_s,
             max_queue_s=max_queue_s,
             max_queue=max_queue,
+            # Cores that work on a batch each get more done than all of them on one: they need not
+            # wait for each other.
+            num_lanes=1 if has_gpu else min(MAX_CPU_LANES, self.cpu_threads),
         )
         self.predictor: Predictor | None = None
         self.serving: Serving | None = None
@@ -201,7 +205,9 @@ class Captioner:
         return reply
 
     def _run(self, key: _Key, items: Sequence[_Item]) -> list[Answer | Outdated]:
-        """On the device's thread."""
+        """On a lane's thread."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, self.cpu_threads // self.batcher.num_running))
         predictor = self.predictor  # the same for the whole batch, whatever comes meanwhile
         assert predictor is not None
         size = predictor.encoder_config.image_size

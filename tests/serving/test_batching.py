@@ -220,6 +220,25 @@ def test_a_hanging_device_is_seen() -> None:
     asyncio.run(main())
 
 
+def test_lanes_run_batches_side_by_side() -> None:
+    async def main() -> None:
+        device = Device()
+        batches = batcher(device, max_batch_size=2, num_lanes=2)
+        device.gate.clear()
+        tasks = submit_all(batches, range(5))
+        while len(device.batches) < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        assert (batches.num_running, batches.num_waiting) == (2, 1)
+        assert sorted(sum((items for _, items in device.batches), [])) == [0, 1, 2, 3]
+        device.gate.set()
+        assert [result for result, _ in await asyncio.gather(*tasks)] == [0, 2, 4, 6, 8]
+        await asyncio.sleep(0.01)
+        assert batches.num_running == 0
+
+    asyncio.run(main())
+
+
 def test_a_wrong_number_of_results_fails_instead_of_hanging() -> None:
     async def main() -> None:
         device = Device()
