@@ -55,7 +55,7 @@ def test_presets_are_described(preset):
     assert f"| `{preset}`" in README
 
 
-@pytest.mark.parametrize("job", ["train", "ingest", "caption", "benchmark serve"])
+@pytest.mark.parametrize("job", ["train", "ingest", "caption", "evaluate", "benchmark serve"])
 def test_help_of_every_job_is_enough_by_itself(job):
     name, *section = job.split()
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *section]

@@ -18,6 +18,9 @@ Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+GATHERING = 0.15
+"""Share of a batch's time for which one lane gathers items while another one runs."""
+
 RATE_SMOOTHING = 0.3
 """Weight of the newest batch in the estimate of items per second."""
 
@@ -75,9 +78,12 @@ class Batcher(Generic[Key, Item, Result]):
         self._arrival = asyncio.Event()
         # always the same threads: torch keeps a pool of its own for each
         self._threads = [ThreadPoolExecutor(1) for _ in range(num_lanes)]
-        self._lanes: list[asyncio.Task[None]] = []
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._batches: set[asyncio.Task[None]] = set()
         self._running: dict[int, float] = {}  # lane -> when its batch began
+        self._lane_free = asyncio.Event()
         self._rate: float | None = None  # items per second and lane
+        self._last_s = 0.0  # what the last batch took
 
     @property
     def busy_s(self) -> float:
@@ -99,9 +105,8 @@ class Batcher(Generic[Key, Item, Result]):
         Raises QueueFullError, or what `run` raised for this item.
         """
         self._check_room()
-        if not self._lanes:
-            loop = asyncio.get_running_loop()
-            self._lanes = [loop.create_task(self._work(n)) for n in range(len(self._threads))]
+        if self._dispatcher is None:
+            self._dispatcher = asyncio.get_running_loop().create_task(self._dispatch())
         entry: _Entry[Key, Item, Result] = _Entry(
             key, item, asyncio.get_running_loop().create_future(), time.monotonic()
         )
@@ -115,18 +120,30 @@ class Batcher(Generic[Key, Item, Result]):
             # when about half of those before it are done
             raise QueueFullError(max(1, min(60, math.ceil(wait / 2))))
 
-    async def _work(self, lane: int) -> None:
-        loop = asyncio.get_running_loop()
+    async def _dispatch(self) -> None:
         while True:
+            while len(self._running) == len(self._threads):
+                self._lane_free.clear()
+                await self._lane_free.wait()
             batch = await self._next_batch()
-            start = self._running[lane] = time.monotonic()
-            try:
-                await loop.run_in_executor(self._threads[lane], self._run_batch, batch, loop)
-            finally:
-                del self._running[lane]
-            rate = len(batch) / (time.monotonic() - start)
-            before = rate if self._rate is None else self._rate
-            self._rate = RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * before
+            # the first that is free, so that at little load it is always the same, whose threads
+            # are warm
+            lane = next(n for n in range(len(self._threads)) if n not in self._running)
+            self._running[lane] = time.monotonic()
+            task = asyncio.get_running_loop().create_task(self._run_on(lane, batch))
+            self._batches.add(task)
+            task.add_done_callback(self._batches.discard)
+
+    async def _run_on(self, lane: int, batch: list[_Entry[Key, Item, Result]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._threads[lane], self._run_batch, batch, loop)
+        finally:
+            self._last_s = time.monotonic() - self._running.pop(lane)
+            self._lane_free.set()
+        rate = len(batch) / self._last_s
+        before = rate if self._rate is None else self._rate
+        self._rate = RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * before
 
     async def _next_batch(self) -> list[_Entry[Key, Item, Result]]:
         while True:
@@ -134,7 +151,9 @@ class Batcher(Generic[Key, Item, Result]):
             if self._waiting:
                 first = self._waiting[0]
                 fellows = [entry for entry in self._waiting if entry.key == first.key]
-                left = first.arrived + self._wait_s - time.monotonic()
+                # While another lane keeps the device busy, a fuller batch is worth a short wait.
+                wait_s = max(self._wait_s, GATHERING * self._last_s if self._running else 0.0)
+                left = first.arrived + wait_s - time.monotonic()
                 if len(fellows) >= self._max_batch_size or left <= 0:
                     batch = fellows[: self._max_batch_size]
                     chosen = {id(entry) for entry in batch}

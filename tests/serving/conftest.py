@@ -224,6 +224,7 @@ class Load:
 
     def _ask(self) -> None:
         session = requests.Session()
+        session.headers["X-Request-Timeout-Seconds"] = "600"  # Ray would grant it
         while not self._stop.is_set():
             start = time.monotonic()
             try:

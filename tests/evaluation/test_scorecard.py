@@ -1,0 +1,112 @@
+"""A checkpoint's scorecard: every picture once, the files, and what they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caption_ray import storage
+from caption_ray.config import SearchConfig
+from caption_ray.data.pipeline import open_shards
+from caption_ray.evaluation import evaluate, metrics, scorecard
+from caption_ray.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def card(
+    tiny_run: str, shards: str, local_ray: None, tmp_path_factory: pytest.TempPathFactory
+) -> scorecard.Scorecard:
+    out = str(tmp_path_factory.mktemp("out"))
+    uri = checkpoint.find(tiny_run)
+    return scorecard.make(uri, open_shards(shards), "val", out, java=False, progress=False)
+
+
+def read(card: scorecard.Scorecard, file: str) -> str:
+    return storage.read_text(storage.join(card.out, file))
+
+
+def test_every_picture_is_captioned_once_and_scored_as_by_hand(
+    card: scorecard.Scorecard, tiny_run: str, shards: str
+) -> None:
+    records = evaluate.caption_split(
+        checkpoint.find(tiny_run), open_shards(shards), "val", progress=False
+    )
+    results = json.loads(read(card, "captions_val_caption_ray_results.json"))
+    assert results == [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]
+    assert len(records) == 12
+    by_hand = metrics.score([r["caption"] for r in records], [r["references"] for r in records])
+    for name, value in by_hand.corpus.items():
+        assert card.figures[name] == pytest.approx(value)
+    lines = [json.loads(line) for line in read(card, "per_image.jsonl").splitlines()]
+    assert [line["scores"] for line in lines] == by_hand.per_image
+
+
+def test_figures_are_written_and_shown(card: scorecard.Scorecard) -> None:
+    document = json.loads(read(card, "metrics.json"))
+    assert document["split"] == "val" and document["images"] == 12
+    assert document["skipped"] == {"METEOR": "not asked for", "SPICE": "not asked for"}
+    for name, value in card.figures.items():
+        assert document[name] == value
+        assert f"{name:28} {value:10.4f}" in card.table()
+
+
+def test_the_report_is_one_file_with_all_pictures_inside(card: scorecard.Scorecard) -> None:
+    page = read(card, "report.html")
+    assert not re.findall(r"(?:src|href)=\"?(?!\"?data:)", page), "it refers to something outside"
+    assert page.count("data:image/jpeg") > 12
+    for name in ("CIDEr-D", "Best captions", "Worst captions", "Where each word looked"):
+        assert name in page
+
+
+def test_a_word_cannot_become_markup(card: scorecard.Scorecard) -> None:
+    from caption_ray.evaluation import report
+
+    record = {
+        "caption": "<script>alert(1)</script>", "references": ["<b>"], "file": "<i>",
+        "scores": {"CIDEr-D": 1.0, "BLEU-4": 0.0, "ROUGE-L": 0.0},
+    }  # fmt: skip
+    page = report.page("<u>", {"<s>": 1.0}, {}, [record], None)
+    assert not {"<script>", "<i>", "<u>", "<s>"} & set(re.findall(r"<\w+>", page))
+    assert "&lt;script&gt;" in page and "&lt;b&gt;" in page
+
+
+def test_search_can_be_another_than_the_checkpoints(
+    tiny_run: str, shards: str, local_ray: None, tmp_path: Path
+) -> None:
+    uri = checkpoint.find(tiny_run)
+    short = dataclasses.replace(SearchConfig(), beam_size=1, max_length=2)
+    found = scorecard.make(
+        uri, open_shards(shards), "val", str(tmp_path), search=short, java=False, progress=False
+    )
+    assert found.figures["words per caption"] <= 2
+
+
+def test_the_job_prints_the_table_and_says_where_the_files_are(
+    tiny_run: str, shards: str, tmp_path: Path
+) -> None:
+    command: list[Any] = [
+        sys.executable, ROOT / "jobs/evaluate.py", "--checkpoint", tiny_run, "--shards", shards,
+        "--out", tmp_path / "out", "--no-java", "--limit", "6",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"CIDEr-D +\d", done.stdout) and f"Files: {tmp_path}/out" in done.stdout
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["images"] == 6
+
+
+def test_the_job_names_what_is_wrong(tiny_run: str, tmp_path: Path) -> None:
+    command: list[Any] = [
+        sys.executable, ROOT / "jobs/evaluate.py", "--checkpoint", tiny_run, "--shards", tmp_path,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
