@@ -282,8 +282,8 @@ class Captioner:
             if self.predictor is None or self.predictor.uri != uri:
                 await self._load(uri)
             self.refused = None
-        except (ValueError, OSError, RuntimeError) as error:
-            self._refuse(uri, str(error))
+        except Exception as error:  # whatever it is, it must end neither serving nor following
+            self._refuse(uri, str(error) or repr(error))
 
     async def _load(self, uri: str) -> None:
         def load() -> Predictor:

@@ -110,10 +110,11 @@ class Ingress:
     ) -> AsyncIterator[Reply]:
         response = self.captioner.remote(image, encoder, options)
         try:
-            yield await response
+            reply: Reply = await response
         except BaseException:  # the client has gone, or time is up
             response.cancel()
             raise
+        yield reply
 
     async def _stream(
         self, image: Images, encoder: EncoderConfig, options: Options

@@ -220,6 +220,22 @@ def test_a_hanging_device_is_seen() -> None:
     asyncio.run(main())
 
 
+def test_gathering_ends_when_the_device_falls_idle() -> None:
+    async def main() -> None:
+        device = Device()
+        batches = batcher(device, num_lanes=2)
+        first = await hold(device, batches)
+        batches._last_s = 100.0  # so that gathering would take 15 s
+        second = asyncio.create_task(batches.submit("a", 1))
+        await asyncio.sleep(0.05)
+        assert batches.num_waiting == 1, "it gathers, as the other lane runs"
+        device.gate.set()
+        assert await asyncio.wait_for(second, 2) == (2, 1)
+        await first
+
+    asyncio.run(main())
+
+
 def test_lanes_run_batches_side_by_side() -> None:
     async def main() -> None:
         device = Device()
