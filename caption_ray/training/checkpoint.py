@@ -40,6 +40,7 @@ from caption_ray import storage
 from caption_ray.config import ModelConfig, SearchConfig, from_dict, to_dict
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner, build_captioner
+from caption_ray.model.ensemble import Ensemble
 
 MODEL, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.json"
 STATE, LEDGER, OPTIMIZER, MANIFEST = "state.json", "ledger.npy", "optimizer.pt", "manifest.json"
@@ -72,15 +73,18 @@ class State:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as serving and evaluation need it."""
+    """A checkpoint as serving and evaluation need it; of an ensemble, what is said of the first
+    member but for `uri`, `captioner` and `members`."""
 
     uri: str
-    captioner: Captioner
+    captioner: Captioner | Ensemble
     """On the CPU, in eval mode."""
     vocabulary: Vocabulary
     model: ModelConfig
     search: SearchConfig
     state: State
+    members: tuple[Loaded, ...] = ()
+    """Of an ensemble; none of a checkpoint."""
 
 
 def folder_name(step: int) -> str:
@@ -229,8 +233,21 @@ def find(uri: str, which: Literal["latest", "best"] = "latest") -> str:
     """The checkpoint that `uri` means: a checkpoint itself, the latest or best one of a run, or
     that of the run in a folder of runs which was written to last.
 
-    Raises CheckpointError if there is none.
+    Several of these, separated by commas, mean an ensemble: its checkpoints, again separated by
+    commas. Raises CheckpointError if there is none.
     """
+    return ",".join(_find_one(part, which) for part in members(uri))
+
+
+def members(uri: str) -> list[str]:
+    """The URIs that `uri` lists, separated by commas. A local path may have commas of its own, as
+    long as it is the only one."""
+    if "," not in uri or (storage.is_local(uri) and Path(storage.resolve(uri)).exists()):
+        return [uri]
+    return [part.strip() for part in uri.split(",")]
+
+
+def _find_one(uri: str, which: str) -> str:
     uri = storage.resolve(uri)
     if storage.exists(storage.join(uri, MANIFEST)):
         return uri
@@ -279,10 +296,41 @@ def _read(uri: str, names: list[str]) -> dict[str, bytes]:
 
 
 def load(uri: str) -> Loaded:
-    """Rebuild the captioner of the checkpoint at exactly this URI (see `find`).
+    """Rebuild the captioner of the checkpoint at exactly this URI, or the ensemble of several (see
+    `find`).
 
-    Raises CheckpointError if a file is missing, damaged, or does not fit the others.
+    Raises CheckpointError if a file is missing, damaged, or does not fit the others, and if
+    checkpoints cannot caption together.
     """
+    loaded = tuple(_load_one(member) for member in members(uri))
+    if len(loaded) == 1:
+        return loaded[0]
+    for other in loaded[1:]:
+        _require_same(loaded[0], other)
+    ensemble = Ensemble([one.captioner for one in loaded]).eval()  # type: ignore[misc]
+    return dataclasses.replace(loaded[0], uri=uri, captioner=ensemble, members=loaded)
+
+
+def _require_same(one: Loaded, other: Loaded) -> None:
+    """Raise CheckpointError unless both know the same words and take the same pictures."""
+    a, b = one.model.encoder, other.model.encoder
+    differs = [
+        name
+        for name, same in {
+            "the vocabulary": one.vocabulary.words == other.vocabulary.words,
+            f"image_size ({a.image_size} and {b.image_size})": a.image_size == b.image_size,
+            f"image_fit ({a.image_fit} and {b.image_fit})": a.image_fit == b.image_fit,
+        }.items()
+        if not same
+    ]
+    if differs:
+        raise CheckpointError(
+            f"{one.uri} and {other.uri} cannot caption together: they differ in "
+            f"{', '.join(differs)}; name runs of the same data set and image size"
+        )
+
+
+def _load_one(uri: str) -> Loaded:
     files = _read(uri, [MODEL, CONFIG, VOCABULARY, STATE])
     try:
         config = json.loads(files[CONFIG])

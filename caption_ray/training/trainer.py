@@ -114,6 +114,11 @@ def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
     """The words of the data set, or of the checkpoint that the run starts from."""
     if config.train.start_from is not None:
         started = checkpoint.load(config.train.start_from)
+        if started.members:
+            raise ValueError(
+                f"--train.start-from {config.train.start_from}: weights come from one checkpoint, "
+                f"not from {len(started.members)}; name one"
+            )
         differs = checkpoint.differences(started.model, config.model)
         if differs:
             raise ValueError(

@@ -189,3 +189,72 @@ def test_captioners_that_cannot_share_weights_are_told_apart():
     encoder = dataclasses.replace(one.encoder, trainable_from="none", weights="DEFAULT")
     assert checkpoint.differences(one, dataclasses.replace(one, encoder=encoder)) == ""
     assert checkpoint.differences(one, _config(cell="gru")) == "decoder.cell 'lstm' != 'gru'"
+
+
+# Ensembles ------------------------------------------------------------------------------------
+
+
+def test_several_uris_mean_an_ensemble_each_found_by_itself(tmp_path, monkeypatch):
+    first, best = _commit(tmp_path, tmp_path / "runs/one", 1, is_best=True)
+    second, latest = _commit(tmp_path, tmp_path / "runs/one", 2)
+    _, other = _commit(tmp_path, tmp_path / "two", 3, is_best=True)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find("runs,two", "best") == f"{best},{other}"
+    assert checkpoint.find(f"runs/one , {best}") == f"{latest},{best}"
+    found = checkpoint.find("runs,two", "best")
+    assert checkpoint.find(found) == found, "they are their own names"
+
+    loaded = checkpoint.load(f"{best},{latest}")
+    assert [member.uri for member in loaded.members] == [best, latest]
+    assert loaded.uri == f"{best},{latest}" and not loaded.captioner.training
+    for member, captioner in zip(loaded.captioner.members, (first, second), strict=True):
+        for name, tensor in captioner.state_dict().items():
+            assert torch.equal(member.state_dict()[name], tensor)
+    assert checkpoint.load(best).members == ()
+
+
+def test_a_local_path_may_have_commas(tmp_path):
+    _, uri = _commit(tmp_path, tmp_path / "Runs, all of them/one", 1, is_best=True)
+    for place in (uri, uri.rpartition("/")[0], str(tmp_path / "Runs, all of them")):
+        assert checkpoint.find(place) == uri
+    assert checkpoint.load(uri).uri == uri
+
+
+def test_a_member_that_is_not_there_is_named(tmp_path):
+    _, uri = _commit(tmp_path, tmp_path / "one", 1)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: neither"):
+        checkpoint.find(f"{uri},{tmp_path}/none")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: not a whole"):
+        checkpoint.load(f"{uri},{tmp_path}/none")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"image_size": 48}, r"image_size \(32 and 48\);"),
+        ({"image_fit": "crop"}, r"image_fit \(stretch and crop\);"),
+        ({"image_size": 48, "image_fit": "crop"}, r"image_size \(32 and 48\), image_fit "),
+    ],
+)
+def test_members_that_see_other_pictures_are_refused_naming_the_difference(tmp_path, change, named):
+    _, one = _commit(tmp_path, tmp_path / "one", 1)
+    model = _config()
+    other = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, **change))
+    _, two = _commit(tmp_path, tmp_path / "two", 2, model=other)
+    with pytest.raises(CheckpointError, match=f"{one} and {two} cannot .* they differ in {named}"):
+        checkpoint.load(f"{one},{two}")
+
+
+def test_members_that_know_other_words_are_refused(tmp_path, monkeypatch):
+    _, one = _commit(tmp_path, tmp_path / "one", 1)
+    monkeypatch.setitem(globals(), "VOCABULARY", Vocabulary(["a", "circle", "red"]))
+    _, two = _commit(tmp_path, tmp_path / "two", 2)
+    with pytest.raises(CheckpointError, match="they differ in the vocabulary;"):
+        checkpoint.load(f"{one},{two}")
+
+
+def test_members_may_differ_in_their_decoders(tmp_path):
+    _, one = _commit(tmp_path, tmp_path / "one", 1)
+    small = {"name": "transformer", "num_heads": 2, "num_layers": 1, "feedforward_dim": 8}
+    _, two = _commit(tmp_path, tmp_path / "two", 2, model=_config(**small))
+    assert len(checkpoint.load(f"{one},{two}").members) == 2
