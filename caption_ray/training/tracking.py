@@ -27,6 +27,9 @@ class Tracker(Protocol):
     ) -> None:
         """Pictures uint8 (n, 3, S, S) with the model's captions and what people wrote."""
 
+    def log_bad_images(self, errors: list[str], step: int) -> None:
+        """The pictures of an epoch that were skipped, each as `file: reason`."""
+
     def finish(self) -> None:
         """Write out what is still held back."""
 
@@ -40,6 +43,9 @@ class _Nothing:
     def log_captions(
         self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
     ) -> None:
+        pass
+
+    def log_bad_images(self, errors: list[str], step: int) -> None:
         pass
 
     def finish(self) -> None:
@@ -86,6 +92,12 @@ class _WandB:
         # also as plain pictures: offline, a table's are staged outside the run's own folder
         self.run.log({"captions": table, "samples": pictures, "step": step})
 
+    def log_bad_images(self, errors: list[str], step: int) -> None:
+        rows = [list(error.partition(": ")[::2]) for error in errors]
+        self.run.log(
+            {"bad_images": self.table(columns=["file", "reason"], data=rows), "step": step}
+        )
+
     def finish(self) -> None:
         self.run.finish()
 
@@ -116,6 +128,9 @@ class _TensorBoard:
         for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
             self.writer.add_image(f"captions/{number}", image, step)
             self.writer.add_text(f"captions/{number}", f"{caption} ({references[number]})", step)
+
+    def log_bad_images(self, errors: list[str], step: int) -> None:
+        self.writer.add_text("bad_images", "  \n".join(errors), step)
 
     def finish(self) -> None:
         self.writer.close()
