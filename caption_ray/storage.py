@@ -230,7 +230,12 @@ PASSING_CODES = (
 )
 """S3's names of errors that are the client's by their status, and yet pass."""
 
-EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+EXPIRED_CODES = (
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "TokenRefreshRequired",
+    "400",  # all of them where a HEAD was asked: its answer has no body to name them in
+)
 """S3's names for credentials that the chain has to be asked for again."""
 
 LASTING_ERRORS = (

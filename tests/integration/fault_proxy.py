@@ -28,6 +28,7 @@ STATUS_FAULTS = {
     "500": (500, "InternalError"),
     "503": (503, "SlowDown"),
     "429": (429, "TooManyRequests"),
+    "expired": (400, "ExpiredToken"),
 }
 BODY_FAULTS = ("truncate", "corrupt", "trickle")
 """Of an object's bytes on their way; `corrupt` also of those that are sent."""
@@ -35,7 +36,6 @@ FAULTS = ("drop", "hang", "delay", *STATUS_FAULTS, *BODY_FAULTS)
 
 HOP_BY_HOP = {"connection", "expect", "keep-alive", "transfer-encoding"}
 AUTOMATIC = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
-TRICKLE_PAUSE_S = 1.0
 
 
 class FaultProxy:
@@ -54,9 +54,10 @@ class FaultProxy:
         port: int = 0,
         hang_s: float = 3600.0,
         delay_s: float = 0.2,
+        trickle_s: float = 1.0,
     ) -> None:
         self.upstream, self.seed, self.port = upstream.rstrip("/"), seed, port
-        self.hang_s, self.delay_s = hang_s, delay_s
+        self.hang_s, self.delay_s, self.trickle_s = hang_s, delay_s, trickle_s
         self.rates = rates or {}
         self.injected: Counter[str] = Counter()
         self.requests = 0
@@ -103,7 +104,9 @@ class FaultProxy:
             timeout=aiohttp.ClientTimeout(total=None),
             connector=aiohttp.TCPConnector(limit=0),
         )
-        self.runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=0.1)
+        application = web.Application(client_max_size=1 << 30)
+        application.router.add_route("*", "/{path:.*}", self._handle)
+        self.runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", self.port)
         await site.start()
@@ -112,10 +115,14 @@ class FaultProxy:
     async def _stop(self) -> None:
         await self.runner.cleanup()
         await self.session.close()
+        hanging = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
 
     # Requests -----------------------------------------------------------------------------------
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         sent = await request.read()
         self.requests += 1
         fault, rng = self._choose(request)
@@ -151,8 +158,10 @@ class FaultProxy:
             return self._drop(request)
         return await self._answer(request, answer, received, fault, rng)
 
-    def _choose(self, request: web.BaseRequest) -> tuple[str | None, random.Random]:
-        key = f"{request.method} {request.raw_path} {request.headers.get('Range')}"
+    def _choose(self, request: web.Request) -> tuple[str | None, random.Random]:
+        # without the bucket, which tests name at random
+        below = request.raw_path.lstrip("/").partition("/")[2]
+        key = f"{request.method} {below} {request.headers.get('Range')}"
         self.seen[key] += 1
         rng = random.Random(f"{self.seed} {key} {self.seen[key]}")
         kinds = [*self.rates, None]
@@ -161,7 +170,7 @@ class FaultProxy:
 
     async def _answer(
         self,
-        request: web.BaseRequest,
+        request: web.Request,
         answer: aiohttp.ClientResponse,
         data: bytes,
         fault: str | None,
@@ -185,9 +194,12 @@ class FaultProxy:
             await response.write(data[: rng.randrange(len(data))])
             return self._drop(request, response)
         if fault == "trickle":
-            for at in range(len(data)):
-                await response.write(data[at : at + 1])
-                await asyncio.sleep(TRICKLE_PAUSE_S)
+            try:
+                for at in range(len(data)):
+                    await response.write(data[at : at + 1])
+                    await asyncio.sleep(self.trickle_s)
+            except ConnectionError:  # the client has lost its patience
+                return response
         elif request.method != "HEAD":
             await response.write(data)
         await response.write_eof()
@@ -195,7 +207,7 @@ class FaultProxy:
 
     @staticmethod
     def _drop(
-        request: web.BaseRequest, response: web.StreamResponse | None = None
+        request: web.Request, response: web.StreamResponse | None = None
     ) -> web.StreamResponse:
         if request.transport is not None:
             request.transport.close()  # what was written before still goes out
@@ -227,6 +239,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hang-s", type=float, default=3600.0)
     parser.add_argument("--delay-s", type=float, default=0.2)
+    parser.add_argument("--trickle-s", type=float, default=1.0, help="pause between two bytes")
     arguments = vars(parser.parse_args())
     pairs = [rate.partition("=")[::2] for rate in arguments.pop("rates")]
     try:
