@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ class FaultProxy:
     """A proxy of `upstream` on a free port, in a thread of its own.
 
     `rates` (fault -> probability) may be replaced while it runs; `injected` counts the faults,
-    `requests` all that came.
+    `requests` all that came. No fault meets paths in which the pattern `spare` is found.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class FaultProxy:
         hang_s: float = 3600.0,
         delay_s: float = 0.2,
         trickle_s: float = 1.0,
+        spare: str = "",
     ) -> None:
         self.upstream, self.seed, self.port = upstream.rstrip("/"), seed, port
         self.hang_s, self.delay_s, self.trickle_s = hang_s, delay_s, trickle_s
+        self.spare = spare
         self.rates = rates or {}
         self.injected: Counter[str] = Counter()
         self.requests = 0
@@ -165,6 +168,8 @@ class FaultProxy:
         self.seen[key] += 1
         rng = random.Random(f"{self.seed} {key} {self.seen[key]}")
         kinds = [*self.rates, None]
+        if self.spare and re.search(self.spare, below):
+            return None, rng
         weights = [*self.rates.values(), 1 - sum(self.rates.values())]
         return rng.choices(kinds, weights)[0], rng
 
@@ -189,29 +194,38 @@ class FaultProxy:
             self.injected[fault] += 1
         if fault == "corrupt":
             data = _with_a_wrong_byte(data, rng)
+        try:
+            await self._send(request, response, data, fault, rng)
+        except ConnectionError:
+            pass  # the client has lost its patience
+        return response
+
+    async def _send(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        data: bytes,
+        fault: str | None,
+        rng: random.Random,
+    ) -> None:
         await response.prepare(request)
         if fault == "truncate":
             await response.write(data[: rng.randrange(len(data))])
-            return self._drop(request, response)
+            self._drop(request)
+            return
         if fault == "trickle":
-            try:
-                for at in range(len(data)):
-                    await response.write(data[at : at + 1])
-                    await asyncio.sleep(self.trickle_s)
-            except ConnectionError:  # the client has lost its patience
-                return response
+            for at in range(len(data)):
+                await response.write(data[at : at + 1])
+                await asyncio.sleep(self.trickle_s)
         elif request.method != "HEAD":
             await response.write(data)
         await response.write_eof()
-        return response
 
     @staticmethod
-    def _drop(
-        request: web.Request, response: web.StreamResponse | None = None
-    ) -> web.StreamResponse:
+    def _drop(request: web.Request) -> web.StreamResponse:
         if request.transport is not None:
             request.transport.close()  # what was written before still goes out
-        return response or web.Response()
+        return web.Response()
 
 
 def _with_a_wrong_byte(data: bytes, rng: random.Random) -> bytes:
@@ -236,6 +250,7 @@ def main() -> None:
     parser.add_argument("rates", nargs="+", metavar="FAULT=RATE", help=", ".join(FAULTS))
     parser.add_argument("--upstream", required=True, help="address of the S3 server")
     parser.add_argument("--port", type=int, default=0, help="to listen on; 0: any")
+    parser.add_argument("--spare", default="", help="pattern of paths that no fault meets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hang-s", type=float, default=3600.0)
     parser.add_argument("--delay-s", type=float, default=0.2)

@@ -12,7 +12,7 @@ from safetensors.numpy import load
 
 from caption_ray import backends, config, storage
 from caption_ray.data.ingest import ingest, read_index
-from caption_ray.data.pipeline import open_shards
+from caption_ray.data.pipeline import open_source
 from caption_ray.data.sources import find_splits, read_picture
 from caption_ray.evaluation.evaluate import caption_split
 from caption_ray.training import checkpoint, trainer
@@ -20,8 +20,11 @@ from caption_ray.training import checkpoint, trainer
 RATES = {fault: 0.01 if fault in ("hang", "trickle") else 0.03 for fault in FAULTS}
 """A quarter of the requests; those that cost a time-out are rarer."""
 
+RAYS_OWN = r"checkpoint_manager_snapshot\.json|\.validate_storage_marker"
+"""Files that Ray Train writes itself, by pyarrow, whose failures are its own."""
+
 TIMEOUT_S = 400
-PICTURES = 40
+PICTURES = 24
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,9 @@ def road(s3, coco_mini):
     for file in coco_mini.iterdir():
         if not file.name.startswith("test"):
             storage.write_bytes(f"s3://{bucket}/source/{file.name}", file.read_bytes())
-    with FaultProxy(s3.endpoint_url, trickle_s=0.5) as proxy, pytest.MonkeyPatch.context() as patch:
+    proxy = FaultProxy(s3.endpoint_url, trickle_s=0.5, spare=RAYS_OWN)
+    proxy.report = {}
+    with proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         patch.setenv(backends.READ_TIMEOUT_VARIABLE, "3")
         patch.setenv("RAY_ADDRESS", "local")
@@ -43,6 +48,7 @@ def road(s3, coco_mini):
                 return executor.submit(function, *arguments, **options).result(TIMEOUT_S)
 
             yield f"s3://{bucket}", proxy, run
+        print(f"\nFaults injected into {proxy.requests} requests\n{table(proxy.report)}")
     boto3.resource("s3").Bucket(bucket).objects.all().delete()
     boto3.client("s3").delete_bucket(Bucket=bucket)
 
@@ -55,12 +61,14 @@ def faults(road, request):
     class Faults:
         def __enter__(self):
             proxy.injected.clear()
-            self.before, proxy.rates = proxy.requests, RATES
+            proxy.rates = RATES
 
         def __exit__(self, kind, *_):
             proxy.rates = {}
-            figures = {"requests": proxy.requests - self.before, **proxy.injected}
-            print("\n" + table({request.node.name: {**figures, "completed": kind is None}}))
+            step = request.node.name.split("_")[2]
+            for fault in FAULTS:
+                proxy.report.setdefault(fault, {})[step] = proxy.injected[fault]
+            proxy.report.setdefault("completed", {})[step] = "no" if kind else "yes"
             if kind is None:
                 assert proxy.injected.total() >= 10, "hardly a fault was injected"
 
@@ -131,14 +139,14 @@ def test_a_run_through_faults_learns_the_same_from_every_picture(road, shards, u
     assert bad == [0, 0]
 
 
-def test_an_evaluation_through_faults_gives_the_same_captions(road, shards, undisturbed, faults):
-    _, _, run = road
-    dataset, uri = open_shards(shards), checkpoint.find(undisturbed.run, "best")
+def test_an_evaluation_through_faults_gives_the_same_captions(road, undisturbed, faults):
+    bucket, _, run = road
+    # raw pictures: a request each
+    dataset = run(open_source, storage.join(bucket, "source"), seed=0)
+    uri = checkpoint.find(undisturbed.run, "best")
     expected = run(caption_split, uri, dataset, "val", progress=False)
     with faults():
         found = run(caption_split, uri, dataset, "val", progress=False)
-        for _ in range(3):
-            run(caption_split, uri, dataset, "val", progress=False, limit=20)
     captions = [[(r["file"], r["caption"], r["error"]) for r in rows] for rows in (expected, found)]
     assert captions[0] == captions[1] and len(captions[0]) == 79
 

@@ -23,7 +23,7 @@ from caption_ray.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = 9 << 20
-"""Bytes of an optimizer state that goes to S3 in two parts."""
+"""Bytes of an optimizer state that goes to S3 in two parts: that of the commit that is killed."""
 
 
 def _contents(folder):
@@ -61,17 +61,17 @@ def test_an_ingest_into_a_bucket_killed_anywhere_is_completed(scenes, bucket, tm
         return {file[len(uri) :]: storage.read_bytes(file) for file in storage.list_files(uri)}
 
     killed = 0
-    for at in spread(total, 12):
+    for at in spread(total, 8):
         out = storage.join(bucket, f"killed-{at}")
         killed += kill(REQUESTS, at, ingest_without_ray, source, out, 30)
         kill(REQUESTS, 0, ingest_without_ray, source, out, 30)
         assert contents(out) == contents(undisturbed), f"killed at request {at} of {total}"
     print(f"\ningest, S3: {killed} kills over {total} requests, all completed")
-    assert killed >= 12
+    assert killed >= 8
 
 
 def test_the_ingest_job_killed_in_its_course_is_completed(coco_mini, tmp_path):
-    """The real job with its Ray, killed three times on its way."""
+    """The real job with its Ray, killed twice on its way."""
     out = tmp_path / "out"
     command = [
         sys.executable, str(ROOT / "jobs" / "ingest.py"), "--source", str(coco_mini),
@@ -82,7 +82,7 @@ def test_the_ingest_job_killed_in_its_course_is_completed(coco_mini, tmp_path):
     def receipts():
         return len(list(Path(out, RECEIPTS).rglob("*.json")))
 
-    for wanted in (1, 7, 14):
+    for wanted in (2, 12):
         job = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -117,7 +117,7 @@ def saved(tmp_path_factory):
         captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
         state = checkpoint.State(step, 1, 0, {"val/loss": 1.0 / step}, None, 1.0 / step)
         folder = tmp_path_factory.mktemp(f"step-{step}")
-        optimizer = {"state": torch.zeros(PARTS, dtype=torch.uint8)}
+        optimizer = {"state": torch.zeros(PARTS if step == 2 else 9, dtype=torch.uint8)}
         ledger = np.ones(4, bool)
         search = config.SearchConfig()
         checkpoint.save(folder, captioner, vocabulary, model, search, state, optimizer, ledger)
@@ -133,10 +133,10 @@ def _commit(saved, run, step):
 
 def _assert_good(run, steps):
     """Both pointers name a checkpoint of one of the steps which loads and verifies."""
-    for which in checkpoint.POINTERS:
-        loaded = checkpoint.load(checkpoint.find(run, which))
+    for uri in {checkpoint.find(run, which) for which in checkpoint.POINTERS}:
+        loaded = checkpoint.load(uri)
         assert loaded.state.step in steps
-        checkpoint.load_for_resume(loaded.uri, loaded.captioner, torch.device("cpu"))
+        checkpoint.load_for_resume(uri, loaded.captioner, torch.device("cpu"))
 
 
 def _sweep(saved, runs, events, points, leftovers):
@@ -171,4 +171,4 @@ def test_a_commit_to_a_bucket_killed_anywhere_leaves_a_good_checkpoint(saved, bu
         assert "Uploads" not in client.list_multipart_uploads(Bucket=name)
         return [file[len(run) :] for file in storage.list_files(run)]
 
-    _sweep(saved, bucket, REQUESTS, 30, leftovers)
+    _sweep(saved, bucket, REQUESTS, 10, leftovers)

@@ -55,13 +55,16 @@ def test_wandb_offline_files_hold_what_was_logged(tmp_path, monkeypatch):
     tracker = tracking.start(_settings("wandb"), tmp_path, None)
     tracker.log({"train/loss": 2.5}, 10)
     tracker.log_captions(PICTURES, ["a cat", "a dog"], ["a tabby", "a hound"], 10)
+    tracker.log_bad_images(["a.jpg: there are no bytes", "b.jpg: 9 x 9: too many"], 10)
     tracker.finish()
 
     points = list(_history(tmp_path))
     assert {"train/loss": 2.5, "step": 10}.items() <= points[0].items()
     table = next(point for point in points if "captions/nrows" in point)
     assert (table["captions/_type"], table["captions/nrows"]) == ("table-file", 2)
-    rows = json.loads(next(tmp_path.rglob("*.table.json")).read_text())
+    rows = json.loads(next(tmp_path.rglob("captions*.table.json")).read_text())
+    bad = json.loads(next(tmp_path.rglob("bad_images*.table.json")).read_text())
+    assert bad["data"] == [["a.jpg", "there are no bytes"], ["b.jpg", "9 x 9: too many"]]
     assert [row[1:] for row in rows["data"]] == [["a cat", "a tabby"], ["a dog", "a hound"]]
     assert len(list(tmp_path.rglob("*.png"))) == 2
     started = next(r.run for r in _records(tmp_path) if r.HasField("run"))
@@ -87,10 +90,13 @@ def test_tensorboard_files_hold_what_was_logged(tmp_path):
     tracker = tracking.start(_settings("tensorboard"), tmp_path, None)
     tracker.log({"val/loss": 1.25}, 7)
     tracker.log_captions(PICTURES, ["a", "b"], ["c", "d"], 7)
+    tracker.log_bad_images(["a.jpg: empty"], 7)
     tracker.finish()
     events = EventAccumulator(str(tmp_path)).Reload()
     (point,) = events.Scalars("val/loss")
     assert (point.step, point.value) == (7, 1.25)
+    (listed,) = events.Tensors("bad_images/text_summary")
+    assert listed.tensor_proto.string_val == [b"a.jpg: empty"]
     assert events.Tags()["images"] == ["captions/0", "captions/1"]
 
 
@@ -98,6 +104,7 @@ def test_none_writes_nothing(tmp_path):
     tracker = tracking.start(_settings("none"), tmp_path, None)
     tracker.log({"x": 1.0}, 1)
     tracker.log_captions(PICTURES, ["a", "b"], ["c", "d"], 1)
+    tracker.log_bad_images(["a.jpg: empty"], 1)
     tracker.finish()
     assert list(tmp_path.iterdir()) == []
 
