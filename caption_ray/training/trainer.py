@@ -88,7 +88,7 @@ def train(config: Config) -> Finished:
         trainer = TorchTrainer(
             work,
             train_loop_config={"job": Job(config, run, shared, vocabulary, shown, cider)},
-            validation_config=_validation(config, shared, gpus),
+            validation_config=_validation(config, run, shared, gpus),
             scaling_config=ScalingConfig(
                 num_workers=config.train.num_workers,
                 use_gpu=bool(gpus),
@@ -136,8 +136,8 @@ def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
     )
 
 
-def _validation(config: Config, dataset: ray.ObjectRef, gpus: int) -> ValidationConfig:
-    """How checkpoints are validated while training goes on."""
+def _validation(config: Config, run: str, dataset: ray.ObjectRef, gpus: int) -> ValidationConfig:
+    """How checkpoints of the run are validated while training goes on."""
     train = config.train
     num_gpus = train.validation_gpus
     if num_gpus is None:
@@ -149,6 +149,7 @@ def _validation(config: Config, dataset: ray.ObjectRef, gpus: int) -> Validation
         fn=validation.validate,
         task_config=ValidationTaskConfig(
             fn_kwargs={
+                "run": run,
                 "dataset": dataset,
                 "limit": train.validation_images,
                 "threads": max(1, cpus),

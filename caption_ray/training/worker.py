@@ -14,7 +14,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode, ValidationTaskConfig
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from caption_ray import cluster, storage
 from caption_ray.config import Config
@@ -74,7 +74,8 @@ def _train(worker: _Worker) -> None:
             if (worker.step_in_epoch - 1) % config.log_every == 0:
                 worker.log()
             if config.checkpoint_every and worker.total_steps % config.checkpoint_every == 0:
-                worker.checkpoint()
+                if worker.step_in_epoch < worker.steps_this_epoch:  # else end_epoch does
+                    worker.checkpoint()
         worker.end_epoch()
     worker.finish()
 
@@ -348,7 +349,6 @@ class _Worker:
             )
             saved = Checkpoint.from_directory(folder)
         name = checkpoint.folder_name(self.total_steps)
-        uri = storage.join(self.job.run, name)
         upload = _Upload(
             self.job.run, state, self.config.train.keep_checkpoints, to_validate,
             self.journal.to_json(),
@@ -359,10 +359,7 @@ class _Worker:
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
-            # of the rank that has a checkpoint
-            validation=saved is not None
-            and to_validate
-            and ValidationTaskConfig(fn_kwargs={"uri": uri}),
+            validation=to_validate and saved is not None,
         )
 
     def finish(self) -> None:

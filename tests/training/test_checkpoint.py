@@ -258,3 +258,50 @@ def test_members_may_differ_in_their_decoders(tmp_path):
     small = {"name": "transformer", "num_heads": 2, "num_layers": 1, "feedforward_dim": 8}
     _, two = _commit(tmp_path, tmp_path / "two", 2, model=_config(**small))
     assert len(checkpoint.load(f"{one},{two}").members) == 2
+
+
+def test_a_second_checkpoint_of_a_step_never_touches_the_one_that_is_named(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    _, first = _commit(tmp_path, run, 1)
+    real = storage.write_bytes
+
+    def fail(uri, data):
+        if uri.endswith(checkpoint.STATE):
+            raise storage.StorageError("cut off")
+        real(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    with pytest.raises(storage.StorageError):
+        _commit(tmp_path, run, 1)
+    monkeypatch.undo()
+    assert checkpoint.load(checkpoint.find(str(run))).uri == first
+    _, second = _commit(tmp_path, run, 1, keep=1)
+    assert second != first and checkpoint.find(str(run)) == second
+    assert checkpoint.load(second).state.step == 1
+    assert storage.list_folders(str(run)) == [storage.name(second)]
+
+
+def test_the_pointers_stay_where_they_are_if_the_upload_is_not_whole(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    _, good = _commit(tmp_path, run, 1)
+    real = storage.write_bytes
+    monkeypatch.setattr(
+        storage,
+        "write_bytes",
+        lambda uri, data: real(uri, data[:-1] if uri.endswith(checkpoint.MODEL) else data),
+    )
+    with pytest.raises(storage.StorageError, match=r"model\.safetensors: \d+ bytes after"):
+        _commit(tmp_path, run, 2)
+    assert checkpoint.find(str(run)) == good
+
+
+def test_unfinished_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        _commit(tmp_path, run, step)
+    (run / checkpoint.folder_name(7)).mkdir()
+    (run / checkpoint.folder_name(7) / ".model.safetensors.x.part").write_bytes(b"half")
+    (run / ".latest.json.y.part").write_bytes(b"half")
+    _commit(tmp_path, run, 3)
+    assert storage.list_folders(str(run)) == [checkpoint.folder_name(n) for n in (2, 3)]
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == ["latest.json"]
