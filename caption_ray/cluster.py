@@ -47,10 +47,10 @@ def configure_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
 
 
-def progress_bar(total: int, doing: str, shown: bool) -> tqdm[Any]:
-    """A bar that counts images; in a log file, where each refresh is a line, a slow one."""
+def progress_bar(total: int, doing: str, shown: bool, unit: str = "image") -> tqdm[Any]:
+    """A bar that counts images, say; in a log file, where each refresh is a line, a slow one."""
     pause = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, unit="image", desc=doing, disable=not shown, mininterval=pause)
+    return tqdm(total=total, unit=unit, desc=doing, disable=not shown, mininterval=pause)
 
 
 def num_gpus() -> int:

@@ -301,7 +301,7 @@ def untrained_checkpoint(folder: Path) -> str:
     vocabulary = Vocabulary([f"word{number}" for number in range(9000)])
     torch.manual_seed(0)
     captioner = build_captioner(preset.model, len(vocabulary), None, pretrained=False)
-    state = checkpoint.State(0, 0, 0, {}, None, None)
+    state = checkpoint.State(0, 0, 0, {}, None)
     ledger = np.zeros(1, bool)
     scratch = folder / "scratch"
     checkpoint.save(

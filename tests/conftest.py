@@ -98,7 +98,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     vocabulary = Vocabulary("a large small red blue circle star left of above".split())
     torch.manual_seed(0)
     captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
-    state = checkpoint.State(1, 1, 0, {}, None, None)
+    state = checkpoint.State(1, 1, 0, {}, None)
     scratch, run = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("tiny-run")
     search = config.SearchConfig(beam_size=2, max_length=8)
     ledger = np.zeros(1, bool)

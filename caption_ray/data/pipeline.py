@@ -10,6 +10,7 @@ leave it as uint8 tensors of fixed shape.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class ShardFile:
         rows: list[dict[str, Any]] = shards.from_bytes(data).to_pylist()
         return rows
 
+    def captions(self) -> list[list[str]]:
+        """What people wrote of each picture, without reading the pictures."""
+        with storage.open_seekable(self.uri) as file:
+            return shards.read_captions(file)
+
 
 @dataclass(frozen=True)
 class RawImages:
@@ -78,6 +84,10 @@ class RawImages:
         """All rows; unreadable pictures have an `error` instead of an `image`."""
         with ThreadPoolExecutor(READ_THREADS) as threads:
             return list(threads.map(lambda record: to_row(record, None), self.records))
+
+    def captions(self) -> list[list[str]]:
+        """What people wrote of each picture."""
+        return [list(record.picture.captions) for record in self.records]
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,8 @@ class Preparation:
     vocabulary: Vocabulary
     augment: tuple[int, int] | None
     """(seed, epoch) of the random crops, flips and choice of captions; None outside training."""
+    with_captions: bool = False
+    """Whether what people wrote comes along as text, whole."""
 
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         """One row of a shard as arrays: image uint8 (3, S, S), tokens int32 (K, L).
@@ -153,12 +165,14 @@ class Preparation:
         tokens = np.zeros((self.data.captions_per_image, self.data.caption_length), np.int32)
         square, error = np.zeros((3, size, size), np.uint8), row["error"]
         captions: list[str] = row["captions"]
+        text = ""
         if error is None:
             try:
                 square = transforms.to_chw(self._square(row["image"], captions, rng))
             except transforms.ImageError as problem:
                 error = str(problem)
             else:
+                text = json.dumps(captions) if self.with_captions else ""
                 if rng is not None and len(captions) > len(tokens):
                     captions = [captions[i] for i in rng.permutation(len(captions))]
                 for line, caption in zip(tokens, captions, strict=False):
@@ -168,6 +182,7 @@ class Preparation:
             "tokens": tokens,
             "number": number,
             "image_id": row["image_id"],
+            "captions": text,
             "error": f"{row['file_name']}: {error}" if error else "",
         }
 
@@ -186,7 +201,8 @@ def _to_block(rows: list[dict[str, Any]]) -> pa.Table:
         name: ArrowTensorArray.from_numpy(np.stack([row[name] for row in rows]))
         for name in ("image", "tokens")
     }
-    columns |= {name: [row[name] for row in rows] for name in ("number", "image_id", "error")}
+    others = ("number", "image_id", "captions", "error")
+    columns |= {name: [row[name] for row in rows] for name in others}
     return pa.table(columns)
 
 
@@ -228,13 +244,15 @@ def _read_piece(
 @dataclass
 class Batch:
     """What one step sees. images uint8 (B, 3, S, S), tokens int32 (B, K, L), numbers int64 (B,)
-    of the pictures in their split, image_ids int64 (B,), errors: the unreadable ones."""
+    of the pictures in their split, image_ids int64 (B,), errors: the unreadable ones, captions:
+    what people wrote, if Preparation was told to bring it."""
 
     images: NDArray[np.uint8]
     tokens: NDArray[np.int32]
     numbers: NDArray[np.int64]
     image_ids: NDArray[np.int64]
     errors: list[str]
+    captions: list[list[str]]
 
 
 def batches(
@@ -267,4 +285,5 @@ def batches(
                 columns["number"],
                 columns["image_id"],
                 [error for error in columns["error"] if error],
+                [json.loads(text) if text else [] for text in columns["captions"]],
             )

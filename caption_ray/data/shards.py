@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -117,3 +117,10 @@ def to_bytes(rows: list[dict[str, Any]]) -> bytes:
 def from_bytes(data: bytes) -> pa.Table:
     """The rows of a shard file."""
     return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+
+
+def read_captions(file: BinaryIO) -> list[list[str]]:
+    """The captions of each row of a shard file, of which little else is read."""
+    table = pq.read_table(pa.PythonFile(file, mode="r"), columns=["captions"], pre_buffer=False)
+    captions: list[list[str]] = table["captions"].to_pylist()
+    return captions

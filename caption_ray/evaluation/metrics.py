@@ -198,13 +198,22 @@ class CiderD:
     each image of which anybody used it.
     """
 
-    def __init__(self, references: Iterable[Sequence[Words]]) -> None:
+    def __init__(self, references: Iterable[Sequence[Words]] = ()) -> None:
         self.frequency: Counter[Ngram] = Counter()
-        images = 0
+        self.images = 0
         for captions in references:
-            images += 1
+            self.images += 1
             self.frequency.update({ngram for caption in captions for ngram in ngrams(caption)})
-        self.log_images = math.log(images) if images else 0.0
+
+    def add(self, other: CiderD) -> None:
+        """Count the references of `other` as well."""
+        self.frequency.update(other.frequency)
+        self.images += other.images
+
+    def forget_rare(self) -> None:
+        """Drop what one image has: its weight is that of what no image has, and it is most of the
+        memory."""
+        self.frequency = Counter({ngram: n for ngram, n in self.frequency.items() if n > 1})
 
     def __call__(self, hypothesis: Words, references: Sequence[Words]) -> float:
         """The score of one caption, 0 to 10."""
@@ -214,8 +223,9 @@ class CiderD:
         """What `compare` wants: worth keeping of references that are used again."""
         weights: tuple[dict[Ngram, float], ...] = tuple({} for _ in range(MAX_N))
         squares = [0.0] * MAX_N
+        log_images = math.log(self.images) if self.images else 0.0
         for ngram, count in ngrams(words).items():
-            idf = self.log_images - math.log(max(1, self.frequency[ngram]))
+            idf = log_images - math.log(max(1, self.frequency[ngram]))
             weight = count * idf
             weights[len(ngram) - 1][ngram] = weight
             squares[len(ngram) - 1] += weight * weight

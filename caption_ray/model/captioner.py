@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig, ModelConfig
 from caption_ray.model.adaptive import AdaptiveAttentionDecoder
-from caption_ray.model.decoder import Decoder, DecoderOutput
+from caption_ray.model.decoder import END, PAD, START, Decoder, DecoderOutput
 from caption_ray.model.encoder import Encoder, build_encoder
 from caption_ray.model.soft import SoftAttentionDecoder
 from caption_ray.model.transformer import TransformerDecoder
@@ -35,11 +36,43 @@ class Captioner(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
 
-    def forward(self, images: Tensor, tokens: Tensor) -> DecoderOutput:
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        own_words: float = 0.0,
+        regions: Tensor | None = None,
+    ) -> DecoderOutput:
         """Predict each word of tokens, int64 (B, K, L), from images, uint8 (B, 3, S, S), and the
-        words before it; an image is encoded once for its K captions."""
-        output: DecoderOutput = self.decoder(self.encoder(images), tokens)
+        words before it; an image is encoded once for its K captions.
+
+        own_words: share of those words that are drawn from the model's own predictions instead
+        (scheduled sampling). regions (B, N, E): what the encoder made of the images, if that is
+        known already and the encoder does not train.
+        """
+        if regions is None:
+            regions = self.encoder(images)
+        if own_words > 0:
+            tokens = self._with_own_words(regions, tokens, own_words)
+        output: DecoderOutput = self.decoder(regions, tokens)
         return output
+
+    @torch.no_grad()
+    def _with_own_words(self, regions: Tensor, tokens: Tensor, share: float) -> Tensor:
+        """`tokens` with a share of the words replaced by what the model predicts in their place.
+
+        All are drawn at once, each after the given words before it, so that every decoder stays as
+        parallel as it is (parallel scheduled sampling with one pass: Duckworth et al., 1906.04331).
+        """
+        logits, _, mask = self.decoder(regions.detach(), tokens)
+        logits[:, [PAD, START]] = -torch.inf
+        drawn = logits.float().softmax(dim=-1).multinomial(1).squeeze(-1)  # (M,)
+        given = tokens[..., 1:][mask]
+        # an END stays where it is: what follows it is not predicted
+        replace = (torch.rand(given.shape, device=given.device) < share) & (given != END)
+        mixed = tokens.clone()
+        mixed[..., 1:][mask] = torch.where(replace, drawn, given)
+        return mixed
 
     def parameter_groups(
         self, learning_rate: float, encoder_learning_rate: float, weight_decay: float

@@ -5,18 +5,22 @@ Shapes: B images, K sequences per image, T steps, N regions, V vocabulary, M rea
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats, summed over the words, and their number.
+def token_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """What is minimised, and the negative log-likelihood, both in nats and summed over the words.
 
-    logits (M, V), targets int64 (M,).
+    They differ by label smoothing (Szegedy et al., 1512.00567, section 7), which spreads the share
+    `smoothing` of each target over the vocabulary. logits (M, V), targets int64 (M,).
     """
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return loss, torch.full_like(loss, len(targets))
+    if smoothing == 0:
+        nll = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return nll, nll
+    log_probs = logits.float().log_softmax(dim=-1)  # (M, V)
+    nll = -log_probs.gather(-1, targets.unsqueeze(-1)).sum()
+    return (1 - smoothing) * nll - smoothing * log_probs.mean(dim=-1).sum(), nll
 
 
 def doubly_stochastic(attention: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@
         ledger.npy                  which pictures of the epoch were seen (bool)
         optimizer.pt                for resuming only
         manifest.json               size and digest of all of these; written last
+        to-validate                 there while its validation is yet to come
+      validation/                   what validation found (see validation.py)
 
 A folder without a manifest is a checkpoint that never finished; no pointer ever names one.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,6 +44,9 @@ from caption_ray.model.captioner import Captioner, build_captioner
 MODEL, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.json"
 STATE, LEDGER, OPTIMIZER, MANIFEST = "state.json", "ledger.npy", "optimizer.pt", "manifest.json"
 PREFIX = "checkpoint-"
+TO_VALIDATE = "to-validate"
+CRITERION = "val/CIDEr-D"
+"""The metric that best.json goes by."""
 POINTERS = ("latest", "best")
 
 
@@ -62,8 +68,6 @@ class State:
     """The newest validation metrics."""
     tracker_id: str | None
     """Run id in Weights & Biases."""
-    best_loss: float | None
-    """Lowest validation loss so far."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def step_of(folder_name: str) -> int:
+    return int(folder_name.removeprefix(PREFIX))
+
+
 # Writing --------------------------------------------------------------------------------------
 
 
@@ -96,7 +104,8 @@ def save(
     optimizer: dict[str, Any],
     ledger: NDArray[np.bool_],
 ) -> None:
-    """Write all files of a checkpoint to a local folder."""
+    """Write all files of a checkpoint to a local folder; `optimizer`: tensors and plain values that
+    only resuming needs."""
     buffer = io.BytesIO()
     torch.save(optimizer, buffer)
     seen = io.BytesIO()
@@ -130,31 +139,76 @@ def _without_aliases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def commit(folder: Path, run: str, state: State, *, keep: int, is_best: bool) -> str:
-    """Upload a saved checkpoint below the run's URI and let the pointers name it.
+def commit(
+    folder: Path,
+    run: str,
+    state: State,
+    *,
+    keep: int,
+    is_best: bool = False,
+    to_validate: bool = False,
+) -> str:
+    """Upload a saved checkpoint below the run's URI and let latest.json name it; best.json as well
+    if it `is_best` or there is no best yet.
 
     The manifest goes last, the pointers after it, and only then are checkpoints pruned that are
-    neither the best nor among the newest `keep`. Returns the checkpoint's URI.
+    neither the best nor among the newest `keep` nor `to_validate`. Returns the checkpoint's URI.
     """
     name = folder_name(state.step)
     uri = storage.join(run, name)
+    if to_validate:
+        storage.write_bytes(storage.join(uri, TO_VALIDATE), b"")
     files = sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST)
     for file in files:
         storage.write_bytes(storage.join(uri, file.name), file.read_bytes())
-    pointer = json.dumps(
-        {
-            "checkpoint": name,
-            "step": state.step,
-            "epoch": state.epoch,
-            "metrics": state.metrics,
-            "time": datetime.now(timezone.utc).isoformat(),
-        },
-        indent=1,
-    ).encode()
+    is_best = is_best or not storage.exists(storage.join(run, "best.json"))
     for which in POINTERS if is_best else POINTERS[:1]:
-        storage.write_bytes(storage.join(run, f"{which}.json"), pointer)
+        _point(run, which, name, state.step, state.epoch, state.metrics)
     _prune(run, keep)
     return uri
+
+
+def _point(
+    run: str, which: str, name: str, step: int, epoch: int, metrics: dict[str, float]
+) -> None:
+    pointer = {
+        "checkpoint": name,
+        "step": step,
+        "epoch": epoch,
+        "metrics": metrics,
+        "time": datetime.now(timezone.utc).isoformat(),
+    }
+    uri = storage.join(run, f"{which}.json")
+    storage.write_bytes(uri, json.dumps(pointer, indent=1).encode())
+
+
+def crown(uri: str, metrics: dict[str, float]) -> bool:
+    """Let best.json name the checkpoint at `uri`, whose validation found `metrics`, unless that
+    names one with a better CRITERION; whether it does."""
+    run = storage.parent(uri)
+    best = _read_pointer(run, "best")["metrics"].get(CRITERION, -math.inf)
+    if metrics[CRITERION] <= best:
+        return False
+    state = _read_state(uri, storage.read_bytes(storage.join(uri, STATE)))
+    name = storage.name(uri)
+    _point(run, "best", name, state.step, state.epoch, {**state.metrics, **metrics})
+    return True
+
+
+def release(uri: str) -> None:
+    """The validation of the checkpoint at `uri` is over: it may be pruned as others are."""
+    storage.delete(storage.join(uri, TO_VALIDATE))
+
+
+def release_all(run: str) -> None:
+    """No validation of the run goes on: what an earlier job left waiting may be pruned."""
+    for name in storage.list_folders(run):
+        if name.startswith(PREFIX):
+            release(storage.join(run, name))
+
+
+def _read_state(uri: str, data: bytes) -> State:
+    return from_dict(State, json.loads(data), f"{uri}/{STATE}")
 
 
 def _prune(run: str, keep: int) -> None:
@@ -162,7 +216,7 @@ def _prune(run: str, keep: int) -> None:
             if storage.exists(storage.join(run, f"{which}.json"))}  # fmt: skip
     folders = [name for name in storage.list_folders(run) if name.startswith(PREFIX)]
     for name in folders[:-keep]:
-        if name not in kept:
+        if name not in kept and not storage.exists(storage.join(run, name, TO_VALIDATE)):
             # the manifest first: what is left of a half-deleted checkpoint is then none
             storage.delete(storage.join(run, name, MANIFEST))
             storage.delete(storage.join(run, name))
@@ -199,7 +253,8 @@ def _read_pointer(run: str, which: str) -> dict[str, Any]:
     uri = storage.join(run, f"{which}.json")
     try:
         pointer: dict[str, Any] = json.loads(storage.read_bytes(uri))
-        return {"checkpoint": pointer["checkpoint"], "time": pointer["time"], **pointer}
+        needed = {name: pointer[name] for name in ("checkpoint", "time")}
+        return {"metrics": {}, **needed, **pointer}
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{uri}: not a pointer to a checkpoint ({error!r})") from None
 
@@ -233,7 +288,7 @@ def load(uri: str) -> Loaded:
         config = json.loads(files[CONFIG])
         model = from_dict(ModelConfig, config["model"], f"{uri}/{CONFIG}")
         search = from_dict(SearchConfig, config["search"], f"{uri}/{CONFIG}")
-        state = from_dict(State, json.loads(files[STATE]), f"{uri}/{STATE}")
+        state = _read_state(uri, files[STATE])
         vocabulary = Vocabulary.from_json(files[VOCABULARY].decode(), f"{uri}/{VOCABULARY}")
         captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
         _load_weights(captioner, load_safetensors(files[MODEL]))
@@ -262,15 +317,40 @@ def _load_weights(captioner: Captioner, weights: dict[str, Tensor]) -> None:
     captioner.load_state_dict(weights, strict=False)
 
 
-def load_for_resume(
-    uri: str, captioner: Captioner, device: torch.device
-) -> tuple[State, dict[str, Any], NDArray[np.bool_]]:
-    """Load weights into `captioner`; returns state, optimizer state and ledger."""
-    files = _read(uri, [MODEL, STATE, OPTIMIZER, LEDGER])
+def differences(one: ModelConfig, other: ModelConfig) -> str:
+    """Settings in which two captioners differ so that one cannot have the other's weights, as
+    "encoder.name resnet101 != resnet50"; empty if it can."""
+    free = {
+        "encoder": {"weights", "trainable_from", "batch_norm", "image_fit"},
+        "decoder": {"dropout"},
+    }
+    found = [
+        f"{part}.{name} {value!r} != {to_dict(other)[part][name]!r}"
+        for part, settings in to_dict(one).items()
+        for name, value in settings.items()
+        if name not in free[part] and value != to_dict(other)[part][name]
+    ]
+    return ", ".join(found)
+
+
+def load_weights(uri: str, captioner: Captioner) -> None:
+    """Load the weights of the checkpoint at this URI; CheckpointError if they do not fit."""
+    _fit_weights(uri, captioner, _read(uri, [MODEL]))
+
+
+def _fit_weights(uri: str, captioner: Captioner, files: dict[str, bytes]) -> None:
     try:
         _load_weights(captioner, load_safetensors(files[MODEL]))
     except (ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{uri}: cannot be resumed: {error}") from error
-    optimizer = torch.load(io.BytesIO(files[OPTIMIZER]), map_location=device, weights_only=True)
+        raise CheckpointError(f"{uri}: does not fit: {error}") from error
+
+
+def load_for_resume(
+    uri: str, captioner: Captioner, device: torch.device
+) -> tuple[State, dict[str, Any], NDArray[np.bool_]]:
+    """Load weights into `captioner`; returns state, what `save` got as `optimizer`, and ledger."""
+    files = _read(uri, [MODEL, STATE, OPTIMIZER, LEDGER])
+    _fit_weights(uri, captioner, files)
+    extra = torch.load(io.BytesIO(files[OPTIMIZER]), map_location=device, weights_only=True)
     ledger = np.load(io.BytesIO(files[LEDGER]), allow_pickle=False)
-    return from_dict(State, json.loads(files[STATE]), uri), optimizer, ledger
+    return _read_state(uri, files[STATE]), extra, ledger

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from caption_ray.config import TrainConfig
 from caption_ray.model.decoder import END, PAD, START
@@ -53,10 +55,12 @@ class Sums:
     """Real words, the end of each caption included."""
     captions: Tensor
     images: Tensor
+    reward: Tensor
+    """Scores of the captions, where these are the model's own (self-critical stage)."""
 
     @staticmethod
     def zero(device: torch.device) -> Sums:
-        return Sums(*torch.zeros(4, dtype=torch.float64, device=device))
+        return Sums(*torch.zeros(5, dtype=torch.float64, device=device))
 
     def add(self, other: Sums) -> None:
         for name, value in vars(other).items():
@@ -72,11 +76,27 @@ class Sums:
     def losses(self, padded_length: int) -> dict[str, float]:
         """Nats per word; and `loss_padded`, per caption and divided by the padded length, which is
         how the original system (and TensorFlow's tutorial) reported its loss."""
-        nll, words, captions, _ = (float(value) for value in vars(self).values())
+        nll, words, captions = float(self.nll), float(self.words), float(self.captions)
         return {
             "loss": nll / max(words, 1),
             "loss_padded": nll / max(captions, 1) / padded_length,
         }
+
+    def rewards(self) -> dict[str, float]:
+        """Of the model's own captions: the mean score, and nats per word, which fall to zero as it
+        draws the same captions again and again."""
+        return {
+            "reward": float(self.reward) / max(float(self.captions), 1),
+            "entropy": float(self.nll) / max(float(self.words), 1),
+        }
+
+
+def summed(value: float, device: torch.device) -> float:
+    """The sum over all workers, each of which must ask."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return float(total)
 
 
 def to_example(
@@ -118,11 +138,12 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+def seed_step(seed: int, step: int, rank: int) -> int:
     """Make the randomness of a step (dropout) depend on nothing but its number and the rank, so
-    that a resumed run draws what an uninterrupted one would have drawn."""
+    that a resumed run draws what an uninterrupted one would have drawn; returns the seed."""
     mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(mixed)
+    return mixed
 
 
 def set_determinism(seed: int, strict: bool) -> None:
@@ -132,6 +153,30 @@ def set_determinism(seed: int, strict: bool) -> None:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(strict)
     torch.backends.cudnn.benchmark = not strict
+
+
+def averaged(captioner: nn.Module, decay: float) -> AveragedModel | None:
+    """The exponential moving average of the weights, to be updated after each step; None for a
+    decay of 0.
+
+    Each update keeps the share `decay` of the average, and less during the first ones, so that the
+    initial weights are soon forgotten.
+    """
+    if decay == 0:
+        return None
+
+    @torch.no_grad()
+    def update(average: Any, current: Any, updates: Tensor | int) -> None:
+        share = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        get_ema_multi_avg_fn(share)(average, current, updates)  # type: ignore[no-untyped-call]
+
+    return AveragedModel(captioner, multi_avg_fn=update, use_buffers=True)
+
+
+def as_average(captioner: nn.Module, updates: int) -> dict[str, Tensor]:
+    """The state of an AveragedModel whose average is the captioner's weights."""
+    weights = {f"module.{name}": value for name, value in captioner.state_dict().items()}
+    return {**weights, "n_averaged": torch.tensor(updates)}
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -148,11 +193,13 @@ def train_step(
     optimizer: Optimizer,
     settings: TrainConfig,
     autocast: torch.dtype | None = None,
+    own_words: float = 0.0,
 ) -> tuple[Sums, Tensor]:
     """One optimizer step on this worker's share of the batch.
 
-    model: a Captioner, plain or wrapped in DDP. Returns this worker's sums and the global gradient
-    norm before clipping, both still on the device.
+    model: a Captioner, plain or wrapped in DDP. own_words: share of the words before that are the
+    model's own (see Captioner.forward and `own_words`). Returns this worker's sums and the global
+    gradient norm before clipping, both still on the device.
     """
     parts = list(
         zip(
@@ -163,7 +210,6 @@ def train_step(
     )
     counts = _counts(example)
     shared = counts.reduced()
-    workers = dist.get_world_size() if dist.is_initialized() else 1
     nll = torch.zeros_like(counts.nll)
     per_word = 1 / shared.words.clamp(min=1)
     per_caption = settings.attention_regularization / shared.captions.clamp(min=1)
@@ -172,17 +218,35 @@ def train_step(
         last = number == len(parts) - 1
         wait = isinstance(model, DistributedDataParallel) and not last
         with model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
-            part_nll, spread = _forward(model, images, tokens, autocast)
-            # DDP averages gradients over the workers where a sum is wanted
-            loss = per_word * part_nll + per_caption * spread
-            (loss * (example.weight * workers)).backward()  # type: ignore[no-untyped-call]
+            loss, part_nll, spread = _forward(
+                model, images, tokens, autocast, settings.label_smoothing, own_words
+            )
+            backward(per_word * loss + per_caption * spread, example)
         nll += example.weight * part_nll.detach()
+    norm = take_step(optimizer, settings)
+    counts.nll.copy_(nll)
+    return counts, norm
+
+
+def backward(loss: Tensor, example: Example) -> None:
+    """Add the gradients of this worker's part of a loss that is summed over the workers."""
+    # DDP averages gradients over the workers where a sum is wanted
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    (loss * (example.weight * workers)).backward()  # type: ignore[no-untyped-call]
+
+
+def take_step(optimizer: Optimizer, settings: TrainConfig) -> Tensor:
+    """Clip the gradients and step; returns their global norm before."""
     norm = nn.utils.clip_grad_norm_(
         [p for group in optimizer.param_groups for p in group["params"]], settings.max_grad_norm
     )
     optimizer.step()
-    counts.nll.copy_(nll)
-    return counts, norm
+    return norm
+
+
+def own_words(settings: TrainConfig, epoch: int) -> float:
+    """Share of the words before that are the model's own in `epoch` (from 0)."""
+    return settings.scheduled_sampling * min(1.0, epoch / settings.scheduled_sampling_epochs)
 
 
 @torch.no_grad()
@@ -194,7 +258,7 @@ def validate(
     total: Sums | None = None
     for example in examples:
         counts = _counts(example)
-        nll, _ = _forward(model, example.images, example.tokens, autocast)
+        _, nll, _ = _forward(model, example.images, example.tokens, autocast)
         counts.nll.copy_(example.weight * nll)
         total = total or Sums.zero(nll.device)
         total.add(counts)
@@ -217,19 +281,25 @@ def require_finite(losses: list[Tensor], first_step: int, epoch: int) -> None:
 
 
 def _forward(
-    model: nn.Module, images: Tensor, tokens: Tensor, autocast: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Sums of the negative log-likelihood and of the doubly stochastic term."""
+    model: nn.Module,
+    images: Tensor,
+    tokens: Tensor,
+    autocast: torch.dtype | None,
+    smoothing: float = 0.0,
+    own_words: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of what is minimised, the negative log-likelihood and the doubly stochastic term."""
     with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
-        output = model(images, tokens)
-    nll, _ = token_loss(output.logits, tokens[..., 1:][output.mask])
+        output = model(images, tokens, own_words)
+    loss, nll = token_loss(output.logits, tokens[..., 1:][output.mask], smoothing)
     spread, _ = doubly_stochastic(output.attention, output.mask)
-    return nll, spread
+    return loss, nll, spread
 
 
 def _counts(example: Example) -> Sums:
     targets = example.tokens[..., 1:] != PAD  # (B, K, L-1)
     words, captions = targets.sum(), targets.any(-1).sum()
     images = torch.tensor(example.images.shape[0], device=targets.device)
-    counts = torch.stack([torch.zeros_like(words), words, captions, images]).double()
+    none = torch.zeros_like(words)
+    counts = torch.stack([none, words, captions, images, none]).double()
     return Sums(*(counts * example.weight))

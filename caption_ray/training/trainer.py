@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 import ray
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import (
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    ValidationConfig,
+    ValidationTaskConfig,
+)
 from ray.train.torch import TorchTrainer
 
 from caption_ray import cluster, storage
@@ -19,8 +26,9 @@ from caption_ray.config import Config, from_dict, to_dict
 from caption_ray.data.ingest import ensure_shapes
 from caption_ray.data.pipeline import DataSet, open_shards, open_source
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.training import checkpoint, console
-from caption_ray.training.worker import FAILURE_FILE, Job, read_history, work
+from caption_ray.training import checkpoint, console, rewards, validation
+from caption_ray.training.journal import read_history
+from caption_ray.training.worker import FAILURE_FILE, Job, work
 
 CONFIG_FILE, VOCABULARY_FILE = "config.json", "vocabulary.json"
 
@@ -54,11 +62,11 @@ def train(config: Config) -> Finished:
     assert config.run.name is not None
     run = storage.join(config.run.storage, config.run.name)
     dataset = open_data(config)
-    vocabulary = Vocabulary.from_counts(
-        dataset.word_counts, config.data.min_word_count, config.data.max_words
-    )
+    vocabulary = _vocabulary(config, dataset)
     resumed = _settle_run(config, run, vocabulary)
-    gpus = cluster.num_gpus() if config.train.use_gpu is None else int(config.train.use_gpu)
+    gpus = cluster.num_gpus() if config.train.use_gpu is not False else 0
+    if config.train.use_gpu:
+        gpus = max(gpus, config.train.num_workers)
     print(json.dumps(to_dict(config), indent=1))
     print(
         f"Run {run}: {'resumed' if resumed else 'new'}; {sum(dataset.rows('train'))} training and "
@@ -69,12 +77,18 @@ def train(config: Config) -> Finished:
     # Ray's own record of checkpoints would be restored under the same name, and fails where one
     # of them was pruned or Ray is newer; `latest.json` is the only truth about a run
     storage.delete(storage.join(run, "checkpoint_manager_snapshot.json"))
+    checkpoint.release_all(run)
     resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if gpus else {})
     storage.delete(storage.join(run, FAILURE_FILE))
+    shared = ray.put(dataset)
+    cider = None
+    if config.train.stage == "self-critical":
+        cider = ray.put(rewards.document_frequencies(dataset))
     with console.shown() as shown:
         trainer = TorchTrainer(
             work,
-            train_loop_config={"job": Job(config, run, ray.put(dataset), vocabulary, shown)},
+            train_loop_config={"job": Job(config, run, shared, vocabulary, shown, cider)},
+            validation_config=_validation(config, shared, gpus),
             scaling_config=ScalingConfig(
                 num_workers=config.train.num_workers,
                 use_gpu=bool(gpus),
@@ -96,6 +110,53 @@ def train(config: Config) -> Finished:
     return Finished(run, checkpoint.find(run, "best"), read_history(run), dataset.uri)
 
 
+def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
+    """The words of the data set, or of the checkpoint that the run starts from."""
+    if config.train.start_from is not None:
+        started = checkpoint.load(config.train.start_from)
+        differs = checkpoint.differences(started.model, config.model)
+        if differs:
+            raise ValueError(
+                f"--train.start-from {config.train.start_from}: its captioner is another one: "
+                f"{differs}; give the settings of its config.json"
+            )
+        return started.vocabulary
+    if config.train.stage == "self-critical":
+        raise ValueError(
+            "--train.stage is 'self-critical': it begins with a captioner that cross-entropy "
+            "trained; name its run as --train.start-from"
+        )
+    return Vocabulary.from_counts(
+        dataset.word_counts, config.data.min_word_count, config.data.max_words
+    )
+
+
+def _validation(config: Config, dataset: ray.ObjectRef, gpus: int) -> ValidationConfig:
+    """How checkpoints are validated while training goes on."""
+    train = config.train
+    num_gpus = train.validation_gpus
+    if num_gpus is None:
+        num_gpus = 1 if gpus > train.num_workers else 0
+    # half of what training leaves; on a laptop nothing of its own, rather than that pictures wait
+    free = cluster.num_cpus() - train.num_workers * train.cpus_per_worker
+    cpus = max(0, int(free / 2))
+    return ValidationConfig(
+        fn=validation.validate,
+        task_config=ValidationTaskConfig(
+            fn_kwargs={
+                "dataset": dataset,
+                "limit": train.validation_images,
+                "threads": max(1, cpus),
+            }
+        ),
+        ray_remote_kwargs={
+            "num_cpus": cpus,
+            "num_gpus": num_gpus,
+            "runtime_env": {"env_vars": cluster.WORKER_ENVIRONMENT},
+        },
+    )
+
+
 def open_data(config: Config) -> DataSet:
     """The data set the configuration names; `shapes` is drawn and ingested if it is not there."""
     data = config.data
@@ -115,13 +176,20 @@ def _settle(config: Config) -> Config:
         shards=config.data.shards and storage.resolve(config.data.shards),
         source=config.data.source and storage.resolve(config.data.source),
     )
+    train = config.train
+    if train.start_from is not None:
+        train = replace(train, start_from=checkpoint.find(train.start_from, "best"))
     encoder = config.model.encoder
-    if encoder.weights == "none" and encoder.trainable_from != "none":
+    if (
+        encoder.weights == "none"
+        and encoder.trainable_from != "none"
+        and config.train.start_from is None
+    ):
         # random stages are not worth freezing, and deep networks explode with batch-norm statistics
         # that were never taken
         encoder = replace(encoder, trainable_from="all", batch_norm="train")
     model = replace(config.model, encoder=encoder)
-    return replace(config, run=run, data=data, model=model)
+    return replace(config, run=run, data=data, model=model, train=train)
 
 
 def _shapes(config: Config) -> tuple[int, int, int]:

@@ -1,43 +1,37 @@
-"""One worker of Ray Train: its share of each epoch, the steps, and when to log and to save."""
+"""One worker of Ray Train: the steps, and when to log, to validate and to save."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
-from ray.train import Checkpoint, CheckpointUploadMode
-from torch import Tensor
+from ray.train import Checkpoint, CheckpointUploadMode, ValidationTaskConfig
 
 from caption_ray import cluster, storage
 from caption_ray.config import Config
-from caption_ray.data.pipeline import DataSet, Preparation, TooManyBadImages, batches
-from caption_ray.data.plan import plan_epoch
+from caption_ray.data.pipeline import Batch, DataSet, TooManyBadImages
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner, build_captioner
 from caption_ray.model.encoder import is_weights_uri
 from caption_ray.model.search import generate
-from caption_ray.training import checkpoint, loop, tracking
+from caption_ray.training import checkpoint, loop, self_critical, validation
 from caption_ray.training.checkpoint import State
 from caption_ray.training.console import Console
+from caption_ray.training.feed import Fed, Feed
+from caption_ray.training.journal import HISTORY_FILE, Journal
+from caption_ray.training.rewards import RemoteRewards
 
-HISTORY_FILE, FAILURE_FILE = "history.json", "failure.txt"
+FAILURE_FILE = "failure.txt"
 
-_NO_PICTURES = np.empty(0, np.int64)
 PERMANENT = (ValueError, TooManyBadImages, loop.NonFiniteLoss)
 """Errors that starting the workers again would not mend."""
 
@@ -52,6 +46,8 @@ class Job:
     dataset: ray.ObjectRef
     vocabulary: Vocabulary
     console: Console
+    cider: ray.ObjectRef | None
+    """What the self-critical stage scores with; None in the other."""
 
 
 def work(loop_config: dict[str, Any]) -> None:
@@ -71,10 +67,10 @@ def work(loop_config: dict[str, Any]) -> None:
 def _train(worker: _Worker) -> None:
     worker.resume()
     config = worker.config.train
-    for epoch in range(worker.epoch, config.epochs):
-        worker.begin_epoch(epoch)
-        for example, numbers in worker.training_examples():
-            worker.step(example, numbers)
+    while worker.epoch < config.epochs and not worker.is_stale():
+        worker.begin_epoch()
+        for fed in worker.feed.training(worker.epoch):
+            worker.step(fed)
             if (worker.step_in_epoch - 1) % config.log_every == 0:
                 worker.log()
             if config.checkpoint_every and worker.total_steps % config.checkpoint_every == 0:
@@ -83,19 +79,8 @@ def _train(worker: _Worker) -> None:
     worker.finish()
 
 
-def read_history(run: str) -> list[dict[str, float]]:
-    """The logged points of a run: step, epoch and metrics; empty for a new run."""
-    try:
-        history: list[dict[str, float]] = json.loads(
-            storage.read_bytes(storage.join(run, HISTORY_FILE))
-        )
-        return history
-    except FileNotFoundError:
-        return []
-
-
 class _Worker:
-    """One training process: its share of the data, the model and where it stands."""
+    """One training process: its model, its pictures and where it stands."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
@@ -110,12 +95,30 @@ class _Worker:
         cluster.configure_data()
         # one of Ray Train's loggers is named after a file, so that LoggingConfig misses it
         logging.getLogger().setLevel(logging.WARNING)
-        self.dataset: DataSet = ray.get(job.dataset)
-        self.decode_cpus = self._decode_cpus()
-        loop.set_determinism(self.config.train.seed, self.config.train.deterministic)
-        self.captioner = self._build().to(self.device)
-        self.model = ray.train.torch.prepare_model(self.captioner, move_to_device=self.device)
+        dataset: DataSet = ray.get(job.dataset)
+        self.feed = Feed(
+            self.config,
+            dataset,
+            job.vocabulary,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            decode_cpus=self._decode_cpus(),
+        )
+        self.steps_per_epoch = self.feed.num_steps()
+        self.epoch = self.total_steps = self.step_in_epoch = 0
+        self.metrics: dict[str, float] = {}
+        self.validated: set[str] = set()
+        self.journal = Journal(self.config, job.run, job.console, self.device)
+        self._build_model()
+
+    def _build_model(self) -> None:
+        """The captioner with its initial weights, the same on every rank, and what trains it."""
         train = self.config.train
+        loop.set_determinism(train.seed, train.deterministic)
+        self.captioner = self._initial_captioner().to(self.device)
+        self.model = ray.train.torch.prepare_model(self.captioner, move_to_device=self.device)
+        self.average = loop.averaged(self.captioner, train.ema_decay)
         self.optimizer = torch.optim.AdamW(
             self.captioner.parameter_groups(
                 train.learning_rate, train.encoder_learning_rate, train.weight_decay
@@ -123,17 +126,18 @@ class _Worker:
             fused=True,
         )
         self.autocast = loop.autocast_dtype(train.precision, self.device)
-        self.ledger: NDArray[np.bool_] = np.zeros(sum(self.dataset.rows("train")), bool)
-        self.steps_per_epoch = self._num_steps(None)
-        self.epoch = self.total_steps = self.step_in_epoch = 0
-        self.metrics: dict[str, float] = {}
-        self.best_loss: float | None = None
-        self.history: list[dict[str, float]] = []
-        self.tracker: tracking.Tracker | None = None
-        self.tracking_folder = Path()
+        self.rewards = self.generator = None
+        if self.job.cider is not None:
+            self.rewards = RemoteRewards(self.job.cider, self.job.vocabulary.words)
+            self.generator = torch.Generator(self.device)
 
-    def _build(self) -> Captioner:
-        """The captioner with its initial weights, the same on every rank."""
+    def _initial_captioner(self) -> Captioner:
+        start = self.config.train.start_from
+        if start is not None:
+            model, words = self.config.model, len(self.job.vocabulary)
+            captioner = build_captioner(model, words, None, pretrained=False)
+            checkpoint.load_weights(start, captioner)
+            return captioner
         encoder = self.config.model.encoder
         local: str | None = None
         with tempfile.TemporaryDirectory() as folder:
@@ -157,126 +161,83 @@ class _Worker:
             )
         return max(1, free / self.world_size)
 
+    @property
+    def learnt(self) -> Captioner:
+        """The captioner as it is validated, saved and served."""
+        if self.average is None:
+            return self.captioner
+        averaged: Any = self.average.module
+        return cast(Captioner, averaged)
+
     # Where the run stands ---------------------------------------------------------------------
 
     def resume(self) -> None:
         """Go on from the run's latest checkpoint if there is one."""
-        tracker_id = None
+        tracker_id = uri = None
         if storage.exists(storage.join(self.job.run, "latest.json")):
             uri = checkpoint.find(self.job.run)
-            state, optimizer, ledger = checkpoint.load_for_resume(uri, self.captioner, self.device)
-            self.optimizer.load_state_dict(optimizer)
+            resumed = checkpoint.load_for_resume(uri, self.captioner, self.device)
+            state, extra, self.feed.ledger = resumed
+            self.optimizer.load_state_dict(extra["optimizer"])
+            if self.average is not None:
+                # what is served is the average; what goes on training stands beside the optimizer
+                self.average.load_state_dict(loop.as_average(self.captioner, extra["updates"]))
+                self.captioner.load_state_dict(extra["weights"])
             self.epoch, self.total_steps = state.epoch, state.step
             self.step_in_epoch = state.epoch_step
-            self.metrics, self.best_loss = dict(state.metrics), state.best_loss
-            self.ledger, tracker_id = ledger, state.tracker_id
-            self.history = [p for p in read_history(self.job.run) if p["step"] <= state.step]
-            self._say(f"Resumed from {uri} (epoch {self.epoch + 1}, step {self.total_steps})")
+            self.metrics, tracker_id = dict(state.metrics), state.tracker_id
         if self.is_chief:
-            local = storage.is_local(self.job.run)
-            self.tracking_folder = Path(self.job.run if local else tempfile.mkdtemp())
-            self.tracker = tracking.start(self.config, self.tracking_folder, tracker_id)
+            self.journal.open(self.total_steps, tracker_id)
+            self.validated = set(validation.collect(self.job.run, ()))
+        if uri is not None:
+            place = f"epoch {self.epoch + 1}, step {self.total_steps}"
+            self.journal.say(f"Resumed from {uri} ({place})")
 
-    def _say(self, line: str) -> None:
-        if self.is_chief:
-            self.job.console.say(line)
-
-    def _num_steps(self, consumed: NDArray[np.bool_] | None) -> int:
-        """Steps of an epoch: as many as the largest share needs, so that all ranks take equally
-        many without asking each other."""
-        share = math.ceil(self._num_pictures(consumed) / self.world_size)
-        return math.ceil(share / self.config.train.batch_size)
-
-    def _num_pictures(self, consumed: NDArray[np.bool_] | None) -> int:
-        """Pictures of an epoch, or of what is left of it, over all ranks."""
-        wanted = np.ones_like(self.ledger) if consumed is None else ~consumed
-        return int(wanted[: self.config.data.max_images].sum())
-
-    # Batches ----------------------------------------------------------------------------------
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Start the clock and the sums of an epoch (or of what is left of it)."""
-        self.epoch = epoch
-        self.epoch_sums = loop.Sums.zero(self.device)
-        self.window_sums = loop.Sums.zero(self.device)
-        self.window: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.errors: list[str] = []
-        self.epoch_start = self.window_start = time.perf_counter()
-        self.waited = 0.0
+    def begin_epoch(self) -> None:
+        """Start an epoch, or what is left of it."""
+        self.journal.begin_epoch()
         self.model.train()
-        self.steps_this_epoch = self.step_in_epoch + self._num_steps(self.ledger)
+        if self.rewards is not None:
+            self_critical.as_policy(self.model)
+        self.steps_this_epoch = self.step_in_epoch + self.feed.num_steps(self.feed.ledger)
 
-    def _batches(self, split: str, epoch: int | None) -> Iterator[Any]:
-        """This rank's share of a split: shuffled, augmented and without what the ledger holds for
-        training (epoch given), as stored for validation."""
-        train, data = self.config.train, self.config.data
-        training = epoch is not None
-        pieces = plan_epoch(
-            self.dataset.rows(split),
-            rank=self.rank,
-            world_size=self.world_size,
-            shuffle=(train.seed, epoch) if epoch is not None else None,
-            limit=data.max_images if training else train.validation_images,
-            consumed=self.ledger if training else None,
-        )
-        prepare = Preparation(
-            self.config.model.encoder,
-            data,
-            self.job.vocabulary,
-            (train.seed, epoch) if epoch is not None else None,
-        )
-        return batches(
-            self.dataset.splits[split],
-            pieces,
-            prepare,
-            batch_size=train.batch_size,
-            cpus=self.decode_cpus,
-            keep_order=train.deterministic or not training,
-        )
-
-    def training_examples(self) -> Iterator[tuple[loop.Example, NDArray[np.int64]]]:
-        """Equally many on every rank, each with the numbers of its pictures; times the wait."""
-        stream = self._batches("train", self.epoch)
-        size = self.config.model.encoder.image_size
-        for _ in range(self.steps_this_epoch - self.step_in_epoch):
-            asked = time.perf_counter()
-            batch = next(stream, None)
-            if batch is None:
-                example, numbers = loop.to_example(None, None, size, self.device), _NO_PICTURES
-            else:
-                self._note_errors(batch.errors)
-                example = loop.to_example(batch.images, batch.tokens, size, self.device)
-                numbers = batch.numbers
-            self.waited += time.perf_counter() - asked
-            yield example, numbers
-        assert next(stream, None) is None
-
-    def _note_errors(self, errors: list[str]) -> None:
-        self.errors += errors
-        share = self._num_pictures(None) / self.world_size
-        if len(self.errors) > self.config.data.max_bad_images * share:
-            listed = "\n  ".join(self.errors[:20])
-            raise TooManyBadImages(
-                f"{len(self.errors)} of about {share:.0f} pictures of epoch {self.epoch + 1} are "
-                f"unreadable, more than --data.max-bad-images {self.config.data.max_bad_images}:"
-                f"\n  {listed}"
-            )
+    def is_stale(self) -> bool:
+        """Whether so many validations brought nothing better that the run is to stop; every rank
+        must ask."""
+        patience = self.config.train.patience
+        stale = patience is not None and validation.stale(self.journal.history) >= patience
+        if loop.summed(float(stale and self.is_chief), self.device) == 0:
+            return False
+        self.journal.say(f"No better {checkpoint.CRITERION} in {patience} validations: stopping")
+        return True
 
     # Steps ------------------------------------------------------------------------------------
 
-    def step(self, example: loop.Example, numbers: NDArray[np.int64]) -> None:
+    def step(self, fed: Fed) -> None:
         """One optimizer step, noted in the ledger."""
         train = self.config.train
         total = self.steps_per_epoch * train.epochs
         factor = loop.learning_rate_factor(self.total_steps, train, total)
         self.learning_rate = loop.set_learning_rate(self.optimizer, factor)
-        loop.seed_step(train.seed, self.total_steps, self.rank)
-        sums, norm = loop.train_step(self.model, example, self.optimizer, train, self.autocast)
-        self.window_sums.add(sums)
-        self.window.append(sums.nll + norm)
-        self.norms.append(norm)
-        self.ledger[numbers] = True
+        seed = loop.seed_step(train.seed, self.total_steps, self.rank)
+        if self.rewards is None:
+            own_words = loop.own_words(train, self.epoch)
+            sums, norm = loop.train_step(
+                self.model, fed.example, self.optimizer, train, self.autocast, own_words
+            )
+        else:
+            assert self.generator is not None
+            sums, norm, waited = self_critical.train_step(
+                self.model, self.captioner, fed.example, fed.captions, self.rewards,
+                self.optimizer, train, self.config.search.max_length,
+                self.generator.manual_seed(seed), self.autocast,
+            )  # fmt: skip
+            self.journal.wait("reward", waited)
+        if self.average is not None:
+            self.average.update_parameters(self.captioner)
+        self.journal.wait("data", self.feed.take_wait())
+        self.journal.note(sums, norm)
+        self.feed.seen(fed.numbers)
         self.total_steps += 1
         self.step_in_epoch += 1
         if self.is_chief:
@@ -284,153 +245,131 @@ class _Worker:
             self.job.console.progress(title, self.step_in_epoch, self.steps_this_epoch)
 
     def log(self) -> None:
-        """Close the window of steps since the last call: a line, and a point in the tracker."""
-        loop.require_finite(self.window, self.total_steps - len(self.window), self.epoch + 1)
-        sums = self.window_sums.reduced()
-        now = time.perf_counter()
-        seconds = max(now - self.window_start, 1e-9)
-        losses = sums.losses(self.config.data.caption_length)
-        self._record(
-            {
-                **{f"train/{name}": value for name, value in losses.items()},
-                "train/learning_rate": self.learning_rate,
-                "train/grad_norm": float(torch.stack(self.norms).mean()) if self.norms else 0.0,
-                "train/images_per_second": float(sums.images) / seconds,
-                "train/data_wait_share": self.waited / seconds,
-                "epoch": self.epoch + self.step_in_epoch / self.steps_per_epoch,
-            }
+        """A line, and a point in the tracker."""
+        self.journal.log(
+            self.total_steps,
+            self.epoch,
+            self.step_in_epoch,
+            self.epoch + self.step_in_epoch / self.steps_per_epoch,
+            self.learning_rate,
         )
-        self._say(
-            f"Epoch {self.epoch + 1} Batch {self.step_in_epoch - 1} Loss {losses['loss']:.4f} "
-            f"(padded {losses['loss_padded']:.4f}) {float(sums.images) / seconds:.0f} images/s, "
-            f"waiting {100 * self.waited / seconds:.1f} %"
-        )
-        self.epoch_sums.add(self.window_sums)
-        self.window_sums = loop.Sums.zero(self.device)
-        self.window, self.norms, self.waited, self.window_start = [], [], 0.0, now
-
-    def _record(self, metrics: dict[str, float]) -> None:
-        if self.tracker is not None:
-            self.tracker.log(metrics, self.total_steps)
-            self.history.append({"step": self.total_steps, **metrics})
 
     def end_epoch(self) -> None:
-        """Validate, show a few captions, save."""
-        if self.window:
+        """Compute the validation loss, show a few captions, save, and have the checkpoint's
+        captions validated."""
+        if self.journal.window:
             self.log()
-        seconds = time.perf_counter() - self.epoch_start
-        trained = self.epoch_sums.reduced().losses(self.config.data.caption_length)
-        validated = self._validate()
-        self.metrics = {f"val/{name}": value for name, value in validated.items()}
-        bad = torch.tensor(float(len(self.errors)))
-        if dist.is_initialized():
-            bad = bad.to(self.device)
-            dist.all_reduce(bad)
-        self._record(
-            {
-                **self.metrics,
-                "train/epoch_loss": trained["loss"],
-                "train/epoch_seconds": seconds,
-                "train/bad_images": float(bad),
-                "epoch": self.epoch + 1,
-            }
-        )
-        self._say(
-            f"Epoch {self.epoch + 1} Loss {trained['loss']:.4f} "
-            f"(padded {trained['loss_padded']:.4f}) validation {validated['loss']:.4f}"
-        )
-        self._say(f"Time taken for 1 epoch {seconds:.2f} sec")
-        if float(bad):
-            self._say(f"{float(bad):.0f} unreadable pictures were skipped, e.g. {self.errors[:3]}")
+        losses = self._validation_loss()
+        self.metrics = {f"val/{name}": value for name, value in losses.items()}
+        self.journal.log_epoch(self.total_steps, self.epoch, self.metrics, self.feed.errors)
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self.ledger[:] = False
-        self.checkpoint(validated["loss"])
+        self.feed.end_epoch()
+        self._note_validations()
+        self.checkpoint(to_validate=True)
 
-    def _validate(self) -> dict[str, float]:
-        shown: list[Any] = []
-        size = self.config.model.encoder.image_size
+    def _validation_loss(self) -> dict[str, float]:
+        shown: list[Batch] = []
 
         def examples() -> Iterator[loop.Example]:
-            for batch in self._batches("val", None):
+            for batch in self.feed.validation():
                 if not shown:
                     shown.append(batch)
-                yield loop.to_example(batch.images, batch.tokens, size, self.device)
+                yield self.feed.to_example(batch)
 
-        sums = loop.validate(self.captioner, examples(), self.autocast)
+        sums = loop.validate(self.learnt, examples(), self.autocast)
         total = (sums or loop.Sums.zero(self.device)).reduced()
-        if self.tracker is not None and shown:
+        if self.is_chief and shown:
             self._show_captions(shown[0])
         return total.losses(self.config.data.caption_length)
 
-    def _show_captions(self, batch: Any) -> None:
+    def _show_captions(self, batch: Batch) -> None:
         count = self.config.train.sample_captions
         images, tokens = batch.images[:count], batch.tokens[:count]
         if not len(images):
             return
-        self.captioner.eval()
-        search = replace(self.config.search, beam_size=1)
-        found = generate(self.captioner, torch.tensor(images, device=self.device), search, 1)
-        self.captioner.train()
+        search = replace(self.config.search, beam_size=1, temperature=0.0)
+        self.learnt.eval()
+        found = generate(self.learnt, torch.tensor(images, device=self.device), search, 1)
         decode = self.job.vocabulary.decode
         captions = [decode(line) for line in found.tokens[:, 0].tolist()]
         references = [decode(lines[0].tolist()) for lines in tokens]
-        assert self.tracker is not None
-        self.tracker.log_captions(images, captions, references, self.total_steps)
+        assert self.journal.tracker is not None
+        self.journal.tracker.log_captions(images, captions, references, self.total_steps)
+
+    def _note_validations(self) -> None:
+        """Write down what the validations that ended since the last call have found."""
+        if not self.is_chief:
+            return
+        for name, found in sorted(validation.collect(self.job.run, self.validated).items()):
+            self.validated.add(name)
+            step = checkpoint.step_of(name)
+            if "error" in found:
+                self.journal.say(f"Validation of {name} failed: {found['error']}")
+                continue
+            # in the order of steps, like all that is recorded: it belongs to an earlier one
+            self.journal.record({**found, "val/step": float(step)}, self.total_steps)
+            self.journal.say(
+                f"Step {step} {checkpoint.CRITERION} {found[checkpoint.CRITERION]:.4f} "
+                f"({found['val/seconds']:.0f} s)"
+            )
 
     # Checkpoints ------------------------------------------------------------------------------
 
-    def checkpoint(self, loss: float | None = None) -> None:
-        """Save here, upload in the background; `loss`: of a validation just done.
+    def checkpoint(self, to_validate: bool = False) -> None:
+        """Save here, upload in the background, and then validate if asked to.
 
         Rank 0 writes; every rank reports, which is a barrier.
         """
-        loop.require_finite(self.window, self.total_steps - len(self.window), self.epoch + 1)
-        ledger = torch.from_numpy(self.ledger).to(self.device, torch.uint8)
-        if dist.is_initialized():
-            dist.all_reduce(ledger, op=dist.ReduceOp.MAX)
-        seen = ledger.bool().cpu().numpy()
-        is_best = loss is not None and (self.best_loss is None or loss < self.best_loss)
-        if is_best:
-            self.best_loss = loss
+        self.journal.require_finite(self.total_steps, self.epoch)
+        seen = self.feed.shared_ledger()
         state = State(
             step=self.total_steps,
             epoch=self.epoch,
             epoch_step=self.step_in_epoch,
             metrics=self.metrics,
-            tracker_id=self.tracker.id if self.tracker else None,
-            best_loss=self.best_loss,
+            tracker_id=self.journal.tracker_id,
         )
         saved = None
         if self.is_chief:
             folder = tempfile.mkdtemp(prefix=checkpoint.PREFIX)
+            extra: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+            if self.average is not None:
+                extra["weights"] = self.captioner.state_dict()
+                extra["updates"] = int(self.average.n_averaged)
             checkpoint.save(
                 Path(folder),
-                self.captioner,
+                self.learnt,
                 self.job.vocabulary,
                 self.config.model,
                 self.config.search,
                 state,
-                self.optimizer.state_dict(),
+                extra,
                 seen,
             )
             saved = Checkpoint.from_directory(folder)
-        history = json.dumps(self.history).encode()
+        name = checkpoint.folder_name(self.total_steps)
+        uri = storage.join(self.job.run, name)
+        upload = _Upload(
+            self.job.run, state, self.config.train.keep_checkpoints, to_validate,
+            self.journal.to_json(),
+        )  # fmt: skip
         ray.train.report(
             {**self.metrics, "step": self.total_steps, "epoch": self.epoch},
             checkpoint=saved,
-            checkpoint_dir_name=checkpoint.folder_name(self.total_steps),
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=_Upload(
-                self.job.run, state, self.config.train.keep_checkpoints, is_best, history
-            ),
+            checkpoint_upload_fn=upload,
+            # of the rank that has a checkpoint
+            validation=saved is not None
+            and to_validate
+            and ValidationTaskConfig(fn_kwargs={"uri": uri}),
         )
 
     def finish(self) -> None:
-        """Close the tracker and put its files beside the checkpoints."""
-        if self.tracker is not None:
-            self.tracker.finish()
-            if not storage.is_local(self.job.run):
-                storage.upload(self.tracking_folder, self.job.run)
+        """Wait for what still goes on in the background, and close the tracker."""
+        ray.train.get_all_reported_checkpoints()
+        self._note_validations()
+        self.journal.close()
 
 
 @dataclass(frozen=True)
@@ -440,12 +379,12 @@ class _Upload:
     run: str
     state: State
     keep: int
-    is_best: bool
+    to_validate: bool
     history: bytes
 
     def __call__(self, saved: Checkpoint, name: str) -> Checkpoint:
         storage.write_bytes(storage.join(self.run, HISTORY_FILE), self.history)
         uri = checkpoint.commit(
-            Path(saved.path), self.run, self.state, keep=self.keep, is_best=self.is_best
+            Path(saved.path), self.run, self.state, keep=self.keep, to_validate=self.to_validate
         )
         return Checkpoint(uri)

@@ -45,9 +45,9 @@ def batch(images: int = 3, k: int = 2) -> tuple[Tensor, Tensor]:
 
 def loss_of(captioner: Captioner, images: Tensor, tokens: Tensor) -> Tensor:
     output = captioner(images, tokens)
-    loss, count = token_loss(output.logits, tokens[..., 1:][output.mask])
+    loss, _ = token_loss(output.logits, tokens[..., 1:][output.mask])
     penalty, captions = doubly_stochastic(output.attention, output.mask)
-    return loss / count + penalty / captions
+    return loss / output.mask.sum() + penalty / captions
 
 
 def test_captioner_learns_pictures_by_heart_and_says_their_captions() -> None:

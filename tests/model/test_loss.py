@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from caption_ray.model.loss import doubly_stochastic, token_loss
 
@@ -17,15 +18,27 @@ def test_token_loss_is_the_summed_negative_log_probability() -> None:
         math.log(sum(math.exp(other) for other in row)) - row[target]
         for row, target in zip(logits, targets, strict=True)
     )
-    total, count = token_loss(torch.tensor(logits).float(), torch.tensor(targets))
-    assert math.isclose(total.item(), expected, rel_tol=1e-5)
-    assert count.item() == 7
+    loss, nll = token_loss(torch.tensor(logits).float(), torch.tensor(targets))
+    assert math.isclose(loss.item(), expected, rel_tol=1e-5)
+    assert nll.item() == loss.item()
+
+
+def test_label_smoothing_changes_what_is_minimised_and_not_what_is_reported() -> None:
+    logits, targets = torch.randn(7, 11), torch.randint(0, 11, (7,))
+    _, plain = token_loss(logits, targets)
+    loss, nll = token_loss(logits, targets, 0.1)
+    torch.testing.assert_close(nll, plain)
+    reference = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(loss, reference)
+    assert loss.item() != nll.item()
 
 
 def test_token_loss_of_uniform_logits_is_the_vocabularys_logarithm() -> None:
-    total, count = token_loss(torch.zeros(4, 1000, dtype=torch.bfloat16), torch.arange(4))
-    assert total.dtype == torch.float32
-    assert math.isclose(total / count, math.log(1000), rel_tol=1e-6)
+    logits, targets = torch.zeros(4, 1000, dtype=torch.bfloat16), torch.arange(4)
+    for smoothing in (0.0, 0.3):
+        for total in token_loss(logits, targets, smoothing):
+            assert total.dtype == torch.float32
+            assert math.isclose(total / 4, math.log(1000), rel_tol=1e-6)
 
 
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
@@ -43,9 +56,10 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
 
 def test_no_words_have_no_loss() -> None:
     logits = torch.zeros(0, 5, requires_grad=True)
-    total, count = token_loss(logits, torch.zeros(0, dtype=torch.int64))
-    total.backward()
-    assert (total.item(), count.item()) == (0.0, 0.0)
+    for smoothing in (0.0, 0.1):
+        loss, nll = token_loss(logits, torch.zeros(0, dtype=torch.int64), smoothing)
+        loss.backward()
+        assert (loss.item(), nll.item()) == (0.0, 0.0)
 
 
 def test_doubly_stochastic_equals_a_loop() -> None:

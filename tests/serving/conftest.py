@@ -53,7 +53,7 @@ def _save_run(
         for parameter in captioner.parameters():
             parameter.mul_(1.9) if fill is None else parameter.fill_(fill)
     state = checkpoint.State(
-        step=step, epoch=0, epoch_step=0, metrics={"val/loss": 2.5}, tracker_id=None, best_loss=None
+        step=step, epoch=0, epoch_step=0, metrics={"val/loss": 2.5}, tracker_id=None
     )
     scratch = run.parent / f"{run.name}-scratch-{step}"
     checkpoint.save(

@@ -42,7 +42,7 @@ def make_loaded(seed: int = 0) -> Loaded:
         for parameter in captioner.parameters():
             parameter.mul_(1.9)
     search = SearchConfig(beam_size=2, max_length=6, length_penalty=0.7)
-    state = State(step=1, epoch=0, epoch_step=0, metrics={}, tracker_id=None, best_loss=None)
+    state = State(step=1, epoch=0, epoch_step=0, metrics={}, tracker_id=None)
     return Loaded("memory", captioner.eval(), vocabulary, model, search, state)
 
 

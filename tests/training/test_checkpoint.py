@@ -29,7 +29,7 @@ def _commit(tmp_path, run, step, *, keep=2, is_best=False, model=None):
     model = model or _config()
     torch.manual_seed(step)
     captioner = build_captioner(model, len(VOCABULARY), None, pretrained=True)
-    state = State(step, 1, 0, {"val/loss": 1.5}, "abc", 1.5)
+    state = State(step, 1, 0, {"val/loss": 1.5}, "abc")
     folder = tmp_path / f"local-{step}"
     optimizer = torch.optim.AdamW(captioner.parameters())
     checkpoint.save(

@@ -83,10 +83,14 @@ def undisturbed(shards, tmp_path_factory):
 
 def test_a_run_leaves_checkpoints_pointers_history_and_configuration(undisturbed):
     run = undisturbed.run
-    assert storage.list_folders(run)[-2:] == [checkpoint.folder_name(n) for n in (16, 24)]
+    kept = [name for name in storage.list_folders(run) if name.startswith(checkpoint.PREFIX)]
+    assert kept[-2:] == [checkpoint.folder_name(n) for n in (16, 24)]
     assert json.loads(storage.read_text(storage.join(run, "latest.json")))["step"] == 24
     loaded = checkpoint.load(undisturbed.checkpoint)
-    assert loaded.state.metrics["val/loss"] == loaded.state.best_loss
+    best = json.loads(storage.read_text(storage.join(run, "best.json")))
+    scores = {p["val/step"]: p["val/CIDEr-D"] for p in undisturbed.history if "val/step" in p}
+    assert list(scores) == [8, 16, 24], "each epoch was validated while training went on"
+    assert best["metrics"]["val/CIDEr-D"] == max(scores.values()) == scores[loaded.state.step]
     assert json.loads(storage.read_text(storage.join(run, "config.json")))["train"]["epochs"] == 3
     steps = [point["step"] for point in undisturbed.history]
     assert steps == sorted(steps) and steps[-1] == 24

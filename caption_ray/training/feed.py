@@ -1,0 +1,156 @@
+"""A worker's pictures: its share of each epoch, what that has seen, and what was unreadable."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from caption_ray.config import Config
+from caption_ray.data.pipeline import Batch, DataSet, Preparation, TooManyBadImages, batches
+from caption_ray.data.plan import plan_epoch
+from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.training import loop
+
+
+@dataclass
+class Fed:
+    """What a step is fed with."""
+
+    example: loop.Example
+    numbers: NDArray[np.int64]
+    """Numbers of its pictures in the training split; none for a stand-in."""
+    captions: list[list[str]]
+    """What people wrote of each of its pictures."""
+
+
+class Feed:
+    """The pictures of one rank.
+
+    Which it reads is a pure function of (seed, epoch, rank, ledger), so that an interrupted epoch
+    goes on with what is left of it, also with another number of workers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: DataSet,
+        vocabulary: Vocabulary,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        decode_cpus: float,
+    ) -> None:
+        self.config, self.dataset, self.vocabulary = config, dataset, vocabulary
+        self.rank, self.world_size = rank, world_size
+        self.device, self.decode_cpus = device, decode_cpus
+        self.ledger: NDArray[np.bool_] = np.zeros(sum(dataset.rows("train")), bool)
+        """Which pictures this epoch has seen, as far as this rank knows."""
+        self.errors: list[str] = []
+        """The epoch's unreadable pictures of this rank, with reasons."""
+        self._waited = 0.0
+
+    def num_pictures(self, consumed: NDArray[np.bool_] | None = None) -> int:
+        """Pictures of an epoch, or of what is left of it, over all ranks."""
+        wanted = np.ones_like(self.ledger) if consumed is None else ~consumed
+        return int(wanted[: self.config.data.max_images].sum())
+
+    def num_steps(self, consumed: NDArray[np.bool_] | None = None) -> int:
+        """Steps of an epoch: as many as the largest share needs, so that all ranks take equally
+        many without asking each other."""
+        share = math.ceil(self.num_pictures(consumed) / self.world_size)
+        return math.ceil(share / self.config.train.batch_size)
+
+    def training(self, epoch: int) -> Iterator[Fed]:
+        """What is left of an epoch, shuffled and augmented, in equally many steps on every rank."""
+        stream = self._batches("train", epoch)
+        for _ in range(self.num_steps(self.ledger)):
+            asked = time.perf_counter()
+            batch = next(stream, None)
+            if batch is not None:
+                self._note_errors(batch.errors, epoch)
+            fed = self._to_fed(batch)
+            self._waited += time.perf_counter() - asked
+            yield fed
+        assert next(stream, None) is None
+
+    def validation(self) -> Iterator[Batch]:
+        """This rank's share of the validation split, as stored."""
+        return self._batches("val", None)
+
+    def to_example(self, batch: Batch | None) -> loop.Example:
+        """The batch on the device; None gives a stand-in that weighs nothing."""
+        images, tokens = (batch.images, batch.tokens) if batch is not None else (None, None)
+        return loop.to_example(images, tokens, self.config.model.encoder.image_size, self.device)
+
+    def seen(self, numbers: NDArray[np.int64]) -> None:
+        """Note in the ledger that these pictures were learnt from."""
+        self.ledger[numbers] = True
+
+    def take_wait(self) -> float:
+        """Seconds spent waiting for pictures since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def end_epoch(self) -> None:
+        """The next epoch has seen nothing yet."""
+        self.ledger[:] = False
+        self.errors = []
+
+    def shared_ledger(self) -> NDArray[np.bool_]:
+        """What all ranks have seen; every rank must ask."""
+        ledger = torch.from_numpy(self.ledger).to(self.device, torch.uint8)
+        if dist.is_initialized():
+            dist.all_reduce(ledger, op=dist.ReduceOp.MAX)
+        return ledger.bool().cpu().numpy()
+
+    def _to_fed(self, batch: Batch | None) -> Fed:
+        if batch is None:
+            return Fed(self.to_example(None), np.empty(0, np.int64), [])
+        return Fed(self.to_example(batch), batch.numbers, batch.captions)
+
+    def _batches(self, split: str, epoch: int | None) -> Iterator[Batch]:
+        """Shuffled, augmented and without what the ledger holds for training (epoch given), as
+        stored for validation."""
+        train, data = self.config.train, self.config.data
+        shuffle = None if epoch is None else (train.seed, epoch)
+        pieces = plan_epoch(
+            self.dataset.rows(split),
+            rank=self.rank,
+            world_size=self.world_size,
+            shuffle=shuffle,
+            limit=train.validation_images if epoch is None else data.max_images,
+            consumed=None if epoch is None else self.ledger,
+        )
+        return batches(
+            self.dataset.splits[split],
+            pieces,
+            Preparation(
+                self.config.model.encoder,
+                data,
+                self.vocabulary,
+                shuffle,
+                with_captions=train.stage == "self-critical",
+            ),
+            batch_size=train.batch_size,
+            cpus=self.decode_cpus,
+            keep_order=train.deterministic or epoch is None,
+        )
+
+    def _note_errors(self, errors: list[str], epoch: int) -> None:
+        self.errors += errors
+        share = self.num_pictures() / self.world_size
+        if len(self.errors) > self.config.data.max_bad_images * share:
+            listed = "\n  ".join(self.errors[:20])
+            raise TooManyBadImages(
+                f"{len(self.errors)} of about {share:.0f} pictures of epoch {epoch + 1} are "
+                f"unreadable, more than --data.max-bad-images {self.config.data.max_bad_images}:"
+                f"\n  {listed}"
+            )

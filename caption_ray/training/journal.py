@@ -1,0 +1,167 @@
+"""What a run says of itself: lines for the console, points for the tracker, and its history."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from caption_ray import storage
+from caption_ray.config import Config
+from caption_ray.training import loop, tracking
+from caption_ray.training.console import Console
+
+HISTORY_FILE = "history.json"
+
+
+def read_history(run: str) -> list[dict[str, float]]:
+    """The logged points of a run: step, epoch and metrics; empty for a new run."""
+    try:
+        history: list[dict[str, float]] = json.loads(
+            storage.read_bytes(storage.join(run, HISTORY_FILE))
+        )
+        return history
+    except FileNotFoundError:
+        return []
+
+
+class Journal:
+    """Sums what steps report, and writes it down now and then: on rank 0, the others only sum."""
+
+    def __init__(self, config: Config, run: str, console: Console, device: torch.device) -> None:
+        self.config, self.run, self.console, self.device = config, run, console, device
+        self.self_critical = config.train.stage == "self-critical"
+        self.tracker: tracking.Tracker | None = None
+        self.history: list[dict[str, float]] = []
+        self._folder = Path()
+        self.begin_epoch()
+
+    def open(self, step: int, tracker_id: str | None) -> None:
+        """Go on with the run's history up to `step`, on the tracker's page of that id. For the
+        rank that writes."""
+        self.history = [point for point in read_history(self.run) if point["step"] <= step]
+        self._folder = Path(self.run if storage.is_local(self.run) else tempfile.mkdtemp())
+        self.tracker = tracking.start(self.config, self._folder, tracker_id)
+
+    @property
+    def tracker_id(self) -> str | None:
+        return self.tracker.id if self.tracker else None
+
+    def say(self, line: str) -> None:
+        if self.tracker is not None:
+            self.console.say(line)
+
+    def record(self, metrics: dict[str, float], step: int) -> None:
+        """A point in the history and in the tracker."""
+        if self.tracker is not None:
+            self.tracker.log(metrics, step)
+            self.history.append({"step": step, **metrics})
+
+    def begin_epoch(self) -> None:
+        """Start the clock and the sums of an epoch (or of what is left of it)."""
+        self.epoch_sums = loop.Sums.zero(self.device)
+        self.epoch_start = time.perf_counter()
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        self.sums = loop.Sums.zero(self.device)
+        self.window: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.waits: dict[str, float] = {}
+        self.window_start = time.perf_counter()
+
+    def note(self, sums: loop.Sums, norm: Tensor) -> None:
+        """One step, still on the device."""
+        self.sums.add(sums)
+        self.window.append(sums.nll + norm)
+        self.norms.append(norm)
+
+    def wait(self, what: str, seconds: float) -> None:
+        """Time that a step spent waiting: for `data`, or for `reward`s."""
+        self.waits[what] = self.waits.get(what, 0.0) + seconds
+
+    def require_finite(self, step: int, epoch: int) -> None:
+        """Raise NonFiniteLoss if any of the steps since the last line, up to `step`, was not."""
+        loop.require_finite(self.window, step - len(self.window), epoch + 1)
+
+    def losses(self, sums: loop.Sums) -> dict[str, float]:
+        """What the stage minimises or maximises."""
+        if self.self_critical:
+            return sums.rewards()
+        return sums.losses(self.config.data.caption_length)
+
+    def _told(self, losses: dict[str, float]) -> str:
+        if self.self_critical:
+            return f"Reward {losses['reward']:.4f} (entropy {losses['entropy']:.4f})"
+        return f"Loss {losses['loss']:.4f} (padded {losses['loss_padded']:.4f})"
+
+    def log(self, step: int, epoch: int, step_in_epoch: int, progress: float, rate: float) -> None:
+        """Close the window of steps since the last call: a line, and a point in the tracker.
+
+        progress: epochs done, with a fraction; rate: the learning rate. Every rank must call.
+        """
+        self.require_finite(step, epoch)
+        sums = self.sums.reduced()
+        seconds = max(time.perf_counter() - self.window_start, 1e-9)
+        losses = self.losses(sums)
+        images_per_second = float(sums.images) / seconds
+        shares = {what: waited / seconds for what, waited in self.waits.items()}
+        self.record(
+            {
+                **{f"train/{name}": value for name, value in losses.items()},
+                "train/learning_rate": rate,
+                "train/grad_norm": float(torch.stack(self.norms).mean()) if self.norms else 0.0,
+                "train/images_per_second": images_per_second,
+                **{f"train/{what}_wait_share": share for what, share in shares.items()},
+                "epoch": progress,
+            },
+            step,
+        )
+        waiting = ", ".join(f"{100 * share:.1f} % for {what}" for what, share in shares.items())
+        self.say(
+            f"Epoch {epoch + 1} Batch {step_in_epoch - 1} {self._told(losses)} "
+            f"{images_per_second:.0f} images/s, waiting {waiting}"
+        )
+        self.epoch_sums.add(self.sums)
+        self._begin_window()
+
+    def log_epoch(
+        self, step: int, epoch: int, validation: dict[str, float], errors: list[str]
+    ) -> None:
+        """A line and a point for a finished epoch; `errors`: this rank's unreadable pictures.
+
+        Every rank must call.
+        """
+        seconds = time.perf_counter() - self.epoch_start
+        bad = loop.summed(float(len(errors)), self.device)
+        trained = self.losses(self.epoch_sums.reduced())
+        self.record(
+            {
+                **validation,
+                f"train/epoch_{next(iter(trained))}": next(iter(trained.values())),
+                "train/epoch_seconds": seconds,
+                "train/bad_images": bad,
+                "epoch": epoch + 1.0,
+            },
+            step,
+        )
+        self.say(f"Epoch {epoch + 1} {self._told(trained)} validation {validation['val/loss']:.4f}")
+        self.say(f"Time taken for 1 epoch {seconds:.2f} sec")
+        if bad:
+            self.say(f"{bad:.0f} unreadable pictures were skipped, e.g. {errors[:3]}")
+
+    def close(self) -> None:
+        """Close the tracker, and put its files and the history beside the checkpoints."""
+        if self.tracker is not None:
+            self.tracker.finish()
+            storage.write_bytes(storage.join(self.run, HISTORY_FILE), self.to_json())
+            if not storage.is_local(self.run):
+                storage.upload(self._folder, self.run)
+
+    def to_json(self) -> bytes:
+        """The history, for HISTORY_FILE."""
+        return json.dumps(self.history).encode()

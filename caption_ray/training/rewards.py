@@ -1,0 +1,60 @@
+"""Scoring captions off the training thread: document frequencies by Ray tasks, scores by an actor.
+
+A process of its own, so that CIDEr-D's Python never holds up the one that drives the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from caption_ray import cluster
+from caption_ray.data.pipeline import DataSet, RawImages, ShardFile
+from caption_ray.evaluation.metrics import CiderD
+from caption_ray.training.self_critical import Captions, Rewards, as_scored
+
+
+def document_frequencies(dataset: DataSet) -> CiderD:
+    """CIDEr-D with the document frequencies of the training split, as self-critical training
+    scores with: a task for each shard, which reads its captions only."""
+    units = dataset.splits["train"]
+    total = CiderD()
+    waiting = [_count.remote(unit) for unit in units]
+    with cluster.progress_bar(len(units), "count n-grams", shown=True, unit="shard") as bar:
+        while waiting:
+            (done,), waiting = ray.wait(waiting)
+            total.add(ray.get(done))
+            bar.update(1)
+    total.forget_rare()
+    return total
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _count(unit: ShardFile | RawImages) -> CiderD:
+    return CiderD([list(map(as_scored, captions)) for captions in unit.captions() if captions])
+
+
+class RemoteRewards:
+    """A `self_critical.Score` whose scores come from an actor on this node."""
+
+    def __init__(self, cider: ray.ObjectRef, words: Sequence[str]) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
+        # no CPU of its own: the node's were given to training and decoding, and it works while
+        # training waits for the device
+        actor = ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)(Rewards)
+        self._actor = actor.options(scheduling_strategy=near).remote(cider, list(words))
+
+    def __call__(
+        self, tokens: NDArray[np.int64], captions: Captions
+    ) -> Callable[[], NDArray[np.float32]]:
+        scores = self._actor.__call__.remote(tokens, captions)
+
+        def wait() -> NDArray[np.float32]:
+            # what Ray hands out is read-only
+            return np.array(ray.get(scores))
+
+        return wait

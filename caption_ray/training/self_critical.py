@@ -1,0 +1,157 @@
+"""Self-critical training: a captioner learns from how well its own captions score. Plain torch.
+
+Captions are drawn from the captioner, scored by CIDEr-D against what people wrote, and become
+likelier the more they score above the other captions of the same picture (REINFORCE, Williams 1992;
+SCST, Rennie et al., 1612.00563; the mean of the others as baseline: Luo, 2003.09971).
+B images, K captions drawn per image, T words, L = T + 1 tokens, M real words.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from caption_ray.config import TrainConfig
+from caption_ray.data.tokenizer import tokenize
+from caption_ray.evaluation.metrics import CiderD
+from caption_ray.model.captioner import Captioner
+from caption_ray.model.decoder import END, PAD, START
+from caption_ray.model.search import sample
+from caption_ray.training import loop
+
+END_WORD = "<end>"
+"""Stands at the end of captions that are scored, so that one which breaks off loses n-grams. (Where
+it does not, captions learn to end in "with a" and the like.)"""
+
+Captions: TypeAlias = Sequence[Sequence[str]]
+"""What people wrote of each picture."""
+
+Score: TypeAlias = Callable[[NDArray[np.int64], Captions], Callable[[], NDArray[np.float32]]]
+"""Begins to score captions, ids (B, K, T), of pictures, and returns what waits for the scores,
+(B, K): the device works meanwhile."""
+
+
+class Rewards:
+    """Scores captions as `CiderD` does, with the end of a caption as a word of it."""
+
+    def __init__(self, cider: CiderD, words: Sequence[str]) -> None:
+        """cider: with the training split's document frequencies (of `as_scored` captions); words:
+        of the vocabulary, by id."""
+        self.cider, self.words = cider, words
+
+    def __call__(self, tokens: NDArray[np.int64], captions: Captions) -> NDArray[np.float32]:
+        """Scores (B, K) of ids (B, K, T)."""
+        rewards = np.zeros(tokens.shape[:2], np.float32)
+        for image, (rows, written) in enumerate(zip(tokens.tolist(), captions, strict=True)):
+            references = [self.cider.vector(as_scored(caption)) for caption in written]
+            if not references:  # the picture could not be read: nothing is learnt from it
+                continue
+            for k, row in enumerate(rows):
+                told = [END_WORD if i == END else self.words[i] for i in row if i != PAD]
+                rewards[image, k] = self.cider.compare(self.cider.vector(told), references)
+        return rewards
+
+
+def as_scored(caption: str) -> list[str]:
+    """The words of what a person wrote, and its end."""
+    return [*tokenize(caption), END_WORD]
+
+
+def advantages(rewards: Tensor) -> Tensor:
+    """How much each reward, of (B, K), is above the mean of the other K - 1 of its image."""
+    k = rewards.shape[1]
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * (k / (k - 1))
+
+
+def as_policy(captioner: nn.Module) -> None:
+    """Put a captioner into the mode in which it draws and learns: as it is served, without dropout
+    and with settled batch norms, but with gradients (which torch's recurrent kernels give in
+    training mode only)."""
+    captioner.train()
+    for module in captioner.modules():
+        if isinstance(module, (nn.Dropout, nn.modules.batchnorm._BatchNorm)):
+            module.eval()
+
+
+def log_likelihood(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability (B, K) of captions under the distribution they are drawn from.
+
+    logits (M, V) and targets int64 (M,) of the real words, mask bool (B, K, T).
+    """
+    # drawing leaves these two out, so that the others share the whole
+    logits = logits.float().index_fill(-1, torch.tensor([PAD, START], device=logits.device), -1e9)
+    word = logits.log_softmax(dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (M,)
+    return torch.zeros_like(mask, dtype=word.dtype).masked_scatter(mask, word).sum(dim=-1)
+
+
+def train_step(
+    model: nn.Module,
+    captioner: Captioner,
+    example: loop.Example,
+    captions: Captions,
+    score: Score,
+    optimizer: Optimizer,
+    settings: TrainConfig,
+    max_length: int,
+    generator: torch.Generator,
+    autocast: torch.dtype | None = None,
+) -> tuple[loop.Sums, Tensor, float]:
+    """One optimizer step on this worker's share of the batch.
+
+    model: `captioner`, plain or wrapped in DDP, in the mode of `as_policy`. `captions` of the
+    pictures of the example; generator: on the example's device. Returns this worker's sums and the
+    gradients' norm before clipping, both still on the device, and the seconds spent waiting for
+    scores.
+    """
+    device = example.images.device
+    mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    with mixed, torch.no_grad():
+        regions = captioner.encoder(example.images)
+        drawn = draw(captioner, regions, settings.samples_per_image, max_length, generator)
+    waiting = score(drawn.cpu().numpy(), captions) if example.weight else None
+    start = torch.full((*drawn.shape[:2], 1), START, device=device)
+    tokens = torch.cat([start, drawn], dim=-1)  # (B, K, L)
+    frozen = not any(parameter.requires_grad for parameter in captioner.encoder.parameters())
+    with mixed:
+        output = model(example.images, tokens, regions=regions if frozen else None)
+    likelihood = log_likelihood(output.logits, drawn[output.mask], output.mask)  # (B, K)
+
+    asked = time.perf_counter()
+    rewards = torch.zeros_like(likelihood)
+    if waiting is not None:
+        rewards = torch.from_numpy(waiting()).to(device)
+    waited = time.perf_counter() - asked
+
+    none = torch.zeros((), device=device)
+    sums = loop.Sums(
+        *torch.stack([
+            -likelihood.detach().sum(), output.mask.sum(), none + likelihood.numel(),
+            none + len(drawn), rewards.sum(),
+        ]).double() * example.weight
+    )  # fmt: skip
+    optimizer.zero_grad(set_to_none=True)
+    loss = -(advantages(rewards) * likelihood).sum() / sums.reduced().captions.clamp(min=1)
+    loop.backward(loss, example)
+    return sums, loop.take_step(optimizer, settings), waited
+
+
+def draw(
+    captioner: Captioner, regions: Tensor, k: int, max_length: int, generator: torch.Generator
+) -> Tensor:
+    """K captions of each image, int64 (B, K, T), drawn word by word from the model."""
+    decoder = captioner.decoder
+    memory = decoder.prepare(regions)
+    found = sample(
+        lambda tokens, state: decoder.step(tokens, state, memory),
+        decoder.initial_state(memory, k),
+        max_length=max_length,
+        generator=generator,
+    )
+    return found.tokens
