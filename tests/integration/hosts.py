@@ -144,12 +144,12 @@ class RayHost:
         self._is_head, self._options = head is None, options
         self._folders: list[str] = []
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start Ray there; the process lasts as long as the node, and SIGTERM drains it."""
+    def start(self) -> None:
+        """Start Ray there; `process` lasts as long as the node, and SIGTERM drains it."""
         where = ["--head", "--port=6379"] if self._is_head else [f"--address={self.head}"]
         # sockets have short names only; a new folder, as a node that is started again is a new one
         self._folders.append(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))
-        return self.host.start(
+        self.process = self.host.start(
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *where,
             f"--node-ip-address={self.host.address}", f"--temp-dir={self._folders[-1]}",
             *self._options, environment=self.environment,
