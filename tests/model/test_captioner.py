@@ -134,3 +134,38 @@ def test_normalisation_travels_with_the_weights() -> None:
     trained.encoder.mean += 10
     rebuilt.load_state_dict(trained.state_dict())
     assert torch.equal(rebuilt.encoder.mean, trained.encoder.mean)
+
+
+def test_own_words_replace_words_before_and_never_what_is_predicted() -> None:
+    captioner, (images, tokens) = build(SMALL).eval(), batch(images=8, k=2)
+    given = captioner(images, tokens)
+    torch.testing.assert_close(captioner(images, tokens, 0.0).logits, given.logits)
+    torch.manual_seed(0)
+    own = captioner(images, tokens, own_words=0.5)
+    assert torch.equal(own.mask, given.mask)
+    rows = own.mask.flatten(0, 1)
+    first = torch.zeros_like(rows)
+    first[:, 0] = True
+    same = (own.logits - given.logits).abs().amax(dim=-1) < 1e-5
+    # START is always itself, and what follows it is predicted from the same words
+    assert same[first[rows]].all()
+    assert 0 < (~same).sum() < len(same)
+
+
+def test_own_words_come_from_the_models_predictions() -> None:
+    captioner, (images, tokens) = build(SMALL).eval(), batch()
+    certain = 7
+    with torch.no_grad():
+        captioner.decoder.output_bias.fill_(-100.0)
+        captioner.decoder.output_bias[certain] = 100.0
+    mixed = captioner._with_own_words(captioner.encoder(images), tokens, 1.0)
+    expected = torch.where((tokens == START) | (tokens == END) | (tokens == PAD), tokens, certain)
+    assert torch.equal(mixed, expected)
+
+
+def test_known_regions_spare_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner, (images, tokens) = build(SMALL).eval(), batch()
+    regions, expected = captioner.encoder(images), captioner(images, tokens)
+    monkeypatch.setattr(captioner.encoder, "forward", lambda _: pytest.fail("encoded again"))
+    found = captioner(images, tokens, regions=regions)
+    torch.testing.assert_close(found.logits, expected.logits)

@@ -25,7 +25,7 @@ def _config(**decoder):
     )
 
 
-def _commit(tmp_path, run, step, *, keep=2, is_best=False, model=None):
+def _commit(tmp_path, run, step, *, keep=2, is_best=False, model=None, to_validate=False):
     model = model or _config()
     torch.manual_seed(step)
     captioner = build_captioner(model, len(VOCABULARY), None, pretrained=True)
@@ -42,7 +42,10 @@ def _commit(tmp_path, run, step, *, keep=2, is_best=False, model=None):
         optimizer.state_dict(),
         np.array([True, False, True]),
     )
-    return captioner, checkpoint.commit(folder, str(run), state, keep=keep, is_best=is_best)
+    uri = checkpoint.commit(
+        folder, str(run), state, keep=keep, is_best=is_best, to_validate=to_validate
+    )
+    return captioner, uri
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -148,3 +151,41 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_nothing_to_find_says_how_to_get_one(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither a checkpoint .*python jobs/train\.py"):
         checkpoint.find(str(tmp_path))
+
+
+def _best(run):
+    return json.loads((run / "best.json").read_text())
+
+
+def test_the_best_is_the_one_of_highest_cider_d(tmp_path):
+    run = tmp_path / "run"
+    uris = {step: _commit(tmp_path, run, step, keep=9)[1] for step in (1, 2, 3)}
+    assert _best(run)["checkpoint"] == checkpoint.folder_name(1), "until one is validated"
+    crowned = [
+        checkpoint.crown(uris[step], {checkpoint.CRITERION: score})
+        for step, score in ((1, 0.2), (2, 0.5), (3, 0.5))
+    ]
+    assert crowned == [True, True, False]
+    assert _best(run)["checkpoint"] == checkpoint.folder_name(2)
+    assert _best(run)["metrics"] == {"val/loss": 1.5, checkpoint.CRITERION: 0.5}
+
+
+def test_a_checkpoint_is_not_pruned_before_its_validation(tmp_path):
+    run = tmp_path / "run"
+    _commit(tmp_path, run, 1)
+    for step in (2, 3, 4, 5):
+        _commit(tmp_path, run, step, keep=1, to_validate=step == 3)
+    kept = [checkpoint.step_of(name) for name in storage.list_folders(str(run))]
+    assert kept == [1, 3, 5], "the best, the one to validate, the newest"
+    checkpoint.release_all(str(run))
+    _commit(tmp_path, run, 6, keep=1)
+    kept = [checkpoint.step_of(name) for name in storage.list_folders(str(run))]
+    assert kept == [1, 6]
+
+
+def test_captioners_that_cannot_share_weights_are_told_apart():
+    one = _config()
+    assert checkpoint.differences(one, _config(dropout=0.9)) == ""
+    encoder = dataclasses.replace(one.encoder, trainable_from="none", weights="DEFAULT")
+    assert checkpoint.differences(one, dataclasses.replace(one, encoder=encoder)) == ""
+    assert checkpoint.differences(one, _config(cell="gru")) == "decoder.cell 'lstm' != 'gru'"

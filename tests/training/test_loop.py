@@ -201,3 +201,61 @@ def test_tokens_are_cut_at_the_longest_caption():
     images, tokens = _data(4)
     longest = int((tokens != loop.PAD).sum(-1).max())
     assert loop.to_example(images, tokens, SIZE, CPU).tokens.shape[-1] == longest < 14
+
+
+def test_the_average_is_the_exponential_moving_average():
+    captioner = _model()
+    average = loop.averaged(captioner, 0.6)
+    name = "decoder.output_bias"
+    expected = None
+    for step in range(8):
+        with torch.no_grad():
+            captioner.decoder.output_bias += step + 1.0
+        average.update_parameters(captioner)
+        weights = captioner.state_dict()[name].clone()
+        share = min(0.6, (1 + step) / (10 + step))
+        expected = weights if expected is None else share * expected + (1 - share) * weights
+        torch.testing.assert_close(average.module.state_dict()[name], expected)
+    assert loop.averaged(captioner, 0.0) is None
+
+
+def test_an_average_that_was_saved_goes_on_as_it_would_have():
+    captioner = _model()
+    whole, half = loop.averaged(captioner, 0.9), loop.averaged(captioner, 0.9)
+
+    def learn(average):
+        with torch.no_grad():
+            for parameter in captioner.parameters():
+                parameter.add_(0.1)
+        average.update_parameters(captioner)
+
+    before = copy.deepcopy(captioner.state_dict())
+    for _ in range(6):
+        learn(whole)
+    captioner.load_state_dict(before)
+    for _ in range(3):
+        learn(half)
+    resumed = loop.averaged(_model(), 0.9)
+    resumed.load_state_dict(loop.as_average(half.module, int(half.n_averaged)))
+    for _ in range(3):
+        learn(resumed)
+    for name, value in whole.module.state_dict().items():
+        torch.testing.assert_close(resumed.module.state_dict()[name], value, msg=name)
+
+
+def test_own_words_rise_by_the_epoch_to_their_largest_share():
+    settings = _settings(scheduled_sampling=0.5, scheduled_sampling_epochs=5)
+    shares = [loop.own_words(settings, epoch) for epoch in range(8)]
+    assert shares == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5])
+    assert loop.own_words(_settings(), 9) == 0
+
+
+def test_label_smoothing_and_own_words_keep_the_reported_loss_a_likelihood():
+    example = loop.to_example(*_data(4), SIZE, CPU)
+    reported = []
+    for smoothing in (0.0, 0.2):
+        model = _model().eval()  # batch norms as they are
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        sums, _ = loop.train_step(model, example, optimizer, _settings(label_smoothing=smoothing))
+        reported.append(sums.losses(14)["loss"])
+    assert reported[0] == pytest.approx(reported[1], rel=1e-5)

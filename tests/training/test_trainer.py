@@ -163,6 +163,47 @@ def test_two_workers_learn_like_one_with_twice_the_batch(shards, tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
 
 
+def test_an_averaged_run_that_stopped_goes_on_as_if_it_had_not(shards, tmp_path):
+    recipe = {"ema_decay": 0.9, "scheduled_sampling": 0.5, "scheduled_sampling_epochs": 1,
+              "label_smoothing": 0.1, "schedule": "constant", "checkpoint_every": 5}  # fmt: skip
+    whole = trainer.train(_config(shards, tmp_path, "whole", epochs=2, **recipe))
+    trainer.train(_config(shards, tmp_path, "parts", epochs=1, **recipe))
+    parts = trainer.train(_config(shards, tmp_path, "parts", epochs=2, **recipe))
+    expected, weights = _weights(_latest(whole)), _weights(_latest(parts))
+    for name, weight in expected.items():
+        assert np.array_equal(weight, weights[name]), name
+
+
+def test_the_self_critical_stage_goes_on_from_a_run(undisturbed, shards, tmp_path):
+    stage = {"stage": "self-critical", "start_from": undisturbed.run, "epochs": 1}
+    finished = trainer.train(_config(shards, tmp_path, "second", **stage))
+    assert any(0 <= point.get("train/reward", -1) <= 10 for point in finished.history)
+    assert any("train/reward_wait_share" in point for point in finished.history)
+    started, ended = checkpoint.load(undisturbed.checkpoint), checkpoint.load(_latest(finished))
+    assert ended.vocabulary.words == started.vocabulary.words
+    assert ended.state.step == 8
+
+
+def test_the_self_critical_stage_needs_a_captioner_like_its_own(undisturbed, shards, tmp_path):
+    with pytest.raises(ValueError, match="name its run as --train.start-from"):
+        trainer.train(_config(shards, tmp_path, "alone", stage="self-critical"))
+    settings = _config(shards, tmp_path, "other", start_from=undisturbed.run)
+    decoder = dataclasses.replace(settings.model.decoder, hidden_dim=24)
+    other = dataclasses.replace(
+        settings, model=dataclasses.replace(settings.model, decoder=decoder)
+    )
+    with pytest.raises(ValueError, match="decoder.hidden_dim 16 != 24"):
+        trainer.train(other)
+
+
+def test_a_run_stops_when_its_captions_no_longer_improve(shards, tmp_path):
+    rates = {"learning_rate": 1e-9, "encoder_learning_rate": 1e-9, "schedule": "constant"}
+    finished = trainer.train(_config(shards, tmp_path, "stale", epochs=12, patience=2, **rates))
+    validated = [point for point in finished.history if "val/step" in point]
+    assert 3 <= len(validated) < 12
+    assert checkpoint.load(_latest(finished)).state.epoch < 12
+
+
 def test_a_diverging_run_stops_and_says_where(shards, tmp_path):
     rates = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
     broken = _config(shards, tmp_path, "broken", max_failures=0, **rates)

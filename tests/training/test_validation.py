@@ -1,0 +1,71 @@
+"""What Ray Train runs on a checkpoint while training goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import ray
+
+from caption_ray import storage
+from caption_ray.data.pipeline import open_shards
+from caption_ray.evaluation import evaluate, metrics
+from caption_ray.training import checkpoint, validation
+
+
+@pytest.fixture
+def saved(tiny_run, tmp_path):
+    """The URI of the only checkpoint of a run, which waits for its validation."""
+    run = str(tmp_path / "run")
+    storage.upload(tiny_run, run)
+    uri = checkpoint.find(run)
+    storage.write_bytes(storage.join(uri, checkpoint.TO_VALIDATE), b"")
+    return uri
+
+
+def _validate(uri, shards, limit=None):
+    return validation.validate(None, uri, ray.put(open_shards(shards)), limit, threads=1)
+
+
+def test_it_finds_what_the_evaluation_of_the_split_finds(saved, shards, local_ray):
+    found = _validate(saved, shards)
+    search = checkpoint.load(saved).search
+    greedy = search.__class__(beam_size=1, max_length=search.max_length)
+    records = evaluate.caption_split(
+        saved, open_shards(shards), "val", search=greedy, progress=False
+    )
+    expected = metrics.score(
+        [record["caption"] for record in records], [record["references"] for record in records]
+    ).corpus
+    for name in validation.METRICS:
+        assert found[f"val/{name}"] == pytest.approx(expected[name])
+
+
+def test_what_it_found_lies_in_the_run_and_the_checkpoint_no_longer_waits(saved, shards, local_ray):
+    found = _validate(saved, shards, limit=5)
+    run, name = storage.parent(saved), storage.name(saved)
+    assert validation.collect(run, ()) == {name: found}
+    assert validation.collect(run, {name}) == {}
+    assert not storage.exists(storage.join(saved, checkpoint.TO_VALIDATE))
+    best = json.loads(storage.read_text(storage.join(run, "best.json")))
+    assert best["checkpoint"] == name
+    assert best["metrics"][checkpoint.CRITERION] == found[checkpoint.CRITERION]
+
+
+def test_an_error_is_written_down_before_it_is_raised(saved, shards, local_ray):
+    storage.write_bytes(storage.join(saved, checkpoint.MODEL), b"broken")
+    with pytest.raises(checkpoint.CheckpointError):
+        _validate(saved, shards)
+    (report,) = validation.collect(storage.parent(saved), ()).values()
+    assert "CheckpointError" in report["error"] and checkpoint.MODEL in report["error"]
+    assert not storage.exists(storage.join(saved, checkpoint.TO_VALIDATE))
+
+
+def test_staleness_counts_validations_since_the_best():
+    def history(*scores):
+        return [{"step": 1.0, "train/loss": 2.0}, *({checkpoint.CRITERION: s} for s in scores)]
+
+    assert validation.stale(history()) == 0
+    assert validation.stale(history(0.3)) == 0
+    assert validation.stale(history(0.1, 0.3, 0.2)) == 1
+    assert validation.stale(history(0.1, 0.3, 0.3, 0.2)) == 2  # no better is not better
