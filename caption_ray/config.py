@@ -278,6 +278,11 @@ class TrainConfig(_Strict):
     use_gpu: bool | None = None
     """Train on GPUs; None: if the cluster has any."""
 
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How workers exchange gradients; auto: NCCL between GPUs, gloo between CPUs. With gloo, a
+    worker whose torch finds no GPU although Ray gave it one computes on the CPU: so a GPU
+    cluster's coming and going can be tried without any."""
+
     checkpoint_every: int | None = None
     """Steps between checkpoints inside an epoch; None: only as `checkpoint_seconds` says."""
 

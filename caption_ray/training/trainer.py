@@ -20,7 +20,7 @@ from ray.train import (
     ValidationConfig,
     ValidationTaskConfig,
 )
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from caption_ray import cluster, storage
 from caption_ray.config import Config, from_dict, to_dict
@@ -92,6 +92,9 @@ def train(config: Config) -> Finished:
         trainer = TorchTrainer(
             work,
             train_loop_config={"job": Job(config, run, shared, vocabulary, shown, cider, switch)},
+            torch_config=TorchConfig(
+                backend=None if config.train.backend == "auto" else config.train.backend
+            ),
             validation_config=_validation(config, shared, gpus),
             scaling_config=ScalingConfig(
                 num_workers=most if least is None else (least, most),

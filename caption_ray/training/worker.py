@@ -99,7 +99,10 @@ class _Worker:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.is_chief = self.rank == 0
-        self.device: torch.device = ray.train.torch.get_device()
+        without_gpu = self.config.train.backend == "gloo" and not torch.cuda.is_available()
+        self.device: torch.device = (
+            torch.device("cpu") if without_gpu else ray.train.torch.get_device()
+        )
         if self.device.type == "cpu":
             # Ray gives a process one thread; processes on one node share its cores evenly
             cores = len(os.sched_getaffinity(0))
