@@ -171,7 +171,9 @@ class _Worker:
         reserved = self.world_size * self.config.train.cpus_per_worker
         free = cluster.num_cpus() - reserved
         if free < 1:
-            raise ValueError(
+            # in a run that had begun it is for lack of a node, which may come back
+            begun = checkpoint.latest_step(self.job.run) > 0
+            raise (RuntimeError if begun else ValueError)(
                 f"--train.num-workers {self.world_size} x --train.cpus-per-worker "
                 f"{self.config.train.cpus_per_worker} leave {free:g} of the cluster's CPUs for "
                 "decoding, which needs 1: lower --train.cpus-per-worker (0.5, say)"

@@ -22,6 +22,7 @@ import hosts
 import numpy as np
 import pytest
 import swift_server
+import yaml
 from safetensors.numpy import load_file
 
 from caption_ray.data import shapes
@@ -29,6 +30,7 @@ from caption_ray.data.ingest import ingest
 from caption_ray.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
 PICTURES, BUCKET = 300, "training"
 PATIENCE = 240.0
 """Seconds that a run may take to go on after a fault: a busy machine starts processes slowly."""
@@ -50,9 +52,35 @@ CLUSTER = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE),
     "RAY_JOB_STOP_WAIT_TIME_S": "120",
     "PYTHONPATH": str(ROOT),
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "NO_PROXY": "*",
     "no_proxy": "*",
 }
+
+METADATA_ADDRESS = "169.254.169.254"
+METADATA = f"""
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Metadata(BaseHTTPRequestHandler):
+    def do_PUT(self):
+        assert self.path == "/latest/api/token"
+        self.answer(b"token")
+    def do_GET(self):
+        known = self.headers["X-aws-ec2-metadata-token"] == "token"
+        assert self.path == "/latest/meta-data/spot/instance-action" and known
+        if os.path.exists(sys.argv[1]):
+            self.answer(b'{{"action": "terminate"}}')
+        else:
+            self.send_error(404)
+    def answer(self, body):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+HTTPServer(("{METADATA_ADDRESS}", 80), Metadata).serve_forever()
+"""
+"""A spot machine of AWS asks there whether it is about to be taken: argv[1] exists if it is."""
 
 unavailable = hosts.why_unavailable()
 pytestmark = pytest.mark.skipif(unavailable is not None, reason=str(unavailable))
@@ -237,7 +265,17 @@ def test_a_run_outlasts_hosts_and_bucket_and_learns_from_every_picture_once(
                     node[name].start()
 
             run.goes_on_after("both are brought back", bring_back, 3)
-            run.goes_on_after("a host is killed", host["left"].kill, 2)
+            watch, notice = _spot_machine(node["left"], node["head"], tmp_path)
+
+            def take() -> None:
+                notice.touch()
+                told = "PreemptionWatcher: preemption detected"
+                drains = run.log.read_text().count(told)
+                _wait(lambda: run.log.read_text().count(told) > drains, "the notice", run.job)
+                host["left"].kill()
+
+            run.goes_on_after("a spot machine is taken", take, 2)
+            assert watch.poll() is not None
 
             def cut_bucket() -> None:
                 bucket.cut()
@@ -289,7 +327,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
 
         def submit(name: str, job: str) -> subprocess.Popen[str]:
             entry = [*arguments, "--run.name", name]
-            return command("ray", "job", "submit", "--submission-id", job, "--", *entry)
+            return command(*RAY, "job", "submit", "--submission-id", job, "--", *entry)
 
         def step(name: str) -> int:
             return checkpoint.latest_step(str(tmp_path / name))
@@ -299,7 +337,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
             assert submit("whole", "whole").wait(PATIENCE) == 0
             job = submit("stopped", "first")
             _wait(lambda: step("stopped") > 0, "the first epoch", job)
-            assert command("ray", "job", "stop", "first").wait(PATIENCE) == 0
+            assert command(*RAY, "job", "stop", "first").wait(PATIENCE) == 0
             job.wait(PATIENCE)
             state = checkpoint.load(checkpoint.find(str(tmp_path / "stopped"))).state
             assert 0 < state.epoch < 6 and state.epoch_step > 0, "not stopped in mid-epoch"
@@ -314,6 +352,23 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
     assert step("whole") == step("stopped") == 6 * PICTURES // 5
     for name, weight in whole.items():
         assert np.array_equal(weight, stopped[name]), name
+
+
+def _spot_machine(
+    node: hosts.RayHost, head: hosts.RayHost, folder: Path
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """Let the host be one: what cluster.yaml runs there, and what it asks; touch the path returned
+    to give notice."""
+    notice = folder / "notice"
+    address = node.host.command("ip", "address", "add", METADATA_ADDRESS, "dev", "lo")
+    subprocess.run(address, check=True)
+    node.host.start(sys.executable, "-c", METADATA, str(notice), environment=node.environment)
+    commands = yaml.safe_load((ROOT / "cluster.yaml").read_text())["worker_start_ray_commands"]
+    (command,) = (text for text in commands if "spot" in text)
+    environment = node.environment | {"RAY_HEAD_IP": head.host.address}
+    # a lock of this host's own
+    command = command.replace("/tmp/", f"{folder}/")
+    return node.host.start("bash", "-c", f"{command}\nwait", environment=environment), notice
 
 
 def _answers(node: hosts.RayHost, port: int) -> bool:
