@@ -135,7 +135,10 @@ def _fit(trainer: TorchTrainer, run: str, switch: interruption.StopSwitch) -> bo
     if failed is not None and checkpoint.latest_step(run) == before:
         raise failed
     if failed is None and not complete:
-        raise Stopped(f"Stopped; {checkpoint.find(run)} holds all that was learnt")
+        raise Stopped(
+            f"Stopped; {checkpoint.find(run)} holds all that was learnt: the same command with "
+            f"--run.name {storage.name(run)} goes on"
+        )
     return complete
 
 
