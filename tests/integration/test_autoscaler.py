@@ -20,9 +20,10 @@ from caption_ray.training import checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0
 IDLE_MINUTES = 0.1
+HEAD_TYPE = "ray.head.default"  # as this provider calls it
 NODES = """
 import json, time, ray
-ray.init(logging_level="ERROR")
+ray.init(logging_level="ERROR", log_to_driver=False)
 while True:
     gpus = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
     print(json.dumps(sum(gpus)), flush=True)
@@ -40,10 +41,16 @@ def autoscaling(tmp_path: Path) -> Iterator[hosts.RayHost]:
         "cluster_name": "come-and-go",
         "max_workers": 2,
         "idle_timeout_minutes": IDLE_MINUTES,
-        "provider": {"type": "fake_multinode"},
-        "head_node_type": "head",
+        "provider": {
+            "type": "fake_multinode",
+            # all nodes have one address: they are told apart by their ids
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "head_node_type": HEAD_TYPE,
         "available_node_types": {
-            "head": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
             "gpu": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "max_workers": 2},
         },
         "auth": {},
@@ -65,6 +72,7 @@ def autoscaling(tmp_path: Path) -> Iterator[hosts.RayHost]:
         "RAY_FAKE_CLUSTER": "1",
         "RAY_AUTH_MODE": "disabled",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_SCHEDULER_EVENTS": "0",
     }
     with hosts.hosts(["head"], tmp_path) as host:
         head = hosts.RayHost(
