@@ -71,6 +71,16 @@ def configure_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
 
 
+def hold_data_here() -> None:
+    """Have Ray Data put its own actors on this process's node.
+
+    They stay for good where Ray Data is first used: in a training worker, that would be a GPU node,
+    which then never is idle enough to be given back.
+    """
+    for _ in ray.data.from_items([0]).iter_batches():
+        pass
+
+
 def on_this_node() -> dict[str, Any]:
     """Options of an actor that takes no CPU and lives on this process's node: only then does no
     other node's death take it along."""

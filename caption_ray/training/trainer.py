@@ -87,6 +87,7 @@ def train(config: Config) -> Finished:
         cider = ray.put(rewards.document_frequencies(dataset))
     least, most = config.train.min_workers, config.train.num_workers
     cluster.configure_train(elastic=least is not None)
+    cluster.hold_data_here()
     switch = interruption.StopSwitch()
     with console.shown() as shown:
         trainer = TorchTrainer(
