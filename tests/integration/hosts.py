@@ -63,6 +63,8 @@ class Host:
         _ip("-n", self.namespace, "address", "add", f"{self.address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", self.namespace, "link", "set", device, "up")
+        # leads nowhere, but a process asks by which address it would go out to learn its own
+        _ip("-n", self.namespace, "route", "add", "default", "dev", "eth0")
 
     def command(self, *command: str) -> list[str]:
         """The same command, to be run on this host."""
