@@ -149,13 +149,17 @@ class RayHost:
     def start(self) -> None:
         """Start Ray there; `process` lasts as long as the node, and SIGTERM drains it."""
         where = ["--head", "--port=6379"] if self._is_head else [f"--address={self.head}"]
-        # sockets have short names only; a new folder, as a node that is started again is a new one
-        self._folders.append(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))
         self.process = self.host.start(
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *where,
-            f"--node-ip-address={self.host.address}", f"--temp-dir={self._folders[-1]}",
-            *self._options, environment=self.environment,
+            *self.options(), environment=self.environment,
         )  # fmt: skip
+
+    def options(self) -> list[str]:
+        """Those of `ray start` that this host needs for one more start."""
+        # sockets have short names only; a new folder, as a node that is started again is a new one
+        self._folders.append(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))
+        address, folder = self.host.address, self._folders[-1]
+        return [f"--node-ip-address={address}", f"--temp-dir={folder}", *self._options]
 
     def stop(self) -> None:
         """Power off, and remove its files."""

@@ -258,24 +258,18 @@ def test_a_run_outlasts_hosts_and_bucket_and_learns_from_every_picture_once(
             )
             assert int(run.resumed()[-1].split("step ")[1].split(")")[0]) > noticed
 
+            notice = tmp_path / "notice"
+
             def bring_back() -> None:
                 host["left"].restore()
                 for name in ("left", "right"):
                     host[name].kill()
-                    node[name].start()
+                node["right"].start()
+                _start_as_spot_machine(node["left"], notice)
 
             run.goes_on_after("both are brought back", bring_back, 3)
-            watch, notice = _spot_machine(node["left"], node["head"], tmp_path)
-
-            def take() -> None:
-                notice.touch()
-                told = "PreemptionWatcher: preemption detected"
-                drains = run.log.read_text().count(told)
-                _wait(lambda: run.log.read_text().count(told) > drains, "the notice", run.job)
-                host["left"].kill()
-
-            run.goes_on_after("a spot machine is taken", take, 2)
-            assert watch.poll() is not None
+            run.goes_on_after("a spot machine is taken", notice.touch, 2)
+            run.goes_on_after("a host is killed", host["right"].kill, 1)
 
             def cut_bucket() -> None:
                 bucket.cut()
@@ -354,21 +348,22 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
         assert np.array_equal(weight, stopped[name]), name
 
 
-def _spot_machine(
-    node: hosts.RayHost, head: hosts.RayHost, folder: Path
-) -> tuple[subprocess.Popen[bytes], Path]:
-    """Let the host be one: what cluster.yaml runs there, and what it asks; touch the path returned
-    to give notice."""
-    notice = folder / "notice"
-    address = node.host.command("ip", "address", "add", METADATA_ADDRESS, "dev", "lo")
+def _start_as_spot_machine(node: hosts.RayHost, notice: Path) -> None:
+    """Start the host as cluster.yaml starts a worker; if the path exists, it is given notice."""
+    address = node.host.command("ip", "address", "replace", METADATA_ADDRESS, "dev", "lo")
     subprocess.run(address, check=True)
     node.host.start(sys.executable, "-c", METADATA, str(notice), environment=node.environment)
     commands = yaml.safe_load((ROOT / "cluster.yaml").read_text())["worker_start_ray_commands"]
-    (command,) = (text for text in commands if "spot" in text)
-    environment = node.environment | {"RAY_HEAD_IP": head.host.address}
-    # a lock of this host's own
-    command = command.replace("/tmp/", f"{folder}/")
-    return node.host.start("bash", "-c", f"{command}\nwait", environment=environment), notice
+    (command,) = (text for text in commands if "ray start" in text)
+    for ours, here in (
+        ("--block ", f"--block {' '.join(node.options())} "),
+        ("TIMEOUT_S=110", f"TIMEOUT_S={NOTICE}"),
+        ("/tmp/", f"{notice.parent}/"),
+    ):
+        assert ours in command
+        command = command.replace(ours, here)
+    environment = node.environment | {"RAY_HEAD_IP": node.head.partition(":")[0]}
+    node.host.start("bash", "-c", f"{command}\nwait", environment=environment)
 
 
 def _answers(node: hosts.RayHost, port: int) -> bool:
