@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 GPU_VARIABLE = "CAPTION_RAY_NUM_GPUS"
@@ -29,12 +30,35 @@ WORKER_ENVIRONMENT = {
 }
 """Environment of training workers."""
 
+TRAIN_ENVIRONMENT = {
+    # how soon workers hear of a node that is about to go: of its last seconds, a checkpoint needs
+    # the most
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+}
+ELASTIC_ENVIRONMENT = {
+    # Ray Train counts nodes every 20 s: just after a loss it asks for more workers than there is
+    # room for, and only when this time is over does it count again
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+}
+"""Ray Train's own settings, which it takes from the driver's environment; what is set there goes
+before these. The second where the number of workers may change."""
+
+RESIZE_SECONDS = 30.0
+"""Between two looks whether more training workers can be had (`train.min_workers`); a change costs
+a start of all workers."""
+
 
 def connect() -> None:
     """Join the cluster that `ray job submit` or RAY_ADDRESS names, else start a local one."""
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
     configure_data()
+
+
+def configure_train(elastic: bool) -> None:
+    """Ray Train's settings for this process, the driver."""
+    for name, value in {**TRAIN_ENVIRONMENT, **(ELASTIC_ENVIRONMENT if elastic else {})}.items():
+        os.environ.setdefault(name, value)
 
 
 def configure_data() -> None:
@@ -47,6 +71,26 @@ def configure_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
 
 
+def hold_data_here() -> None:
+    """Have Ray Data put its own actors on this process's node.
+
+    They stay for good where Ray Data is first used: in a training worker, that would be a GPU node,
+    which then never is idle enough to be given back.
+    """
+    for _ in ray.data.from_items([0]).iter_batches():
+        pass
+
+
+def on_this_node() -> dict[str, Any]:
+    """Options of an actor that takes no CPU and lives on this process's node: only then does no
+    other node's death take it along."""
+    here = ray.get_runtime_context().get_node_id()
+    return {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
+    }
+
+
 def progress_bar(total: int, doing: str, shown: bool, unit: str = "image") -> tqdm[Any]:
     """A bar that counts images, say; in a log file, where each refresh is a line, a slow one."""
     pause = 0.1 if sys.stderr.isatty() else 10.0
@@ -57,6 +101,11 @@ def num_gpus() -> int:
     """GPUs of the cluster as it stands, and at least as many as $CAPTION_RAY_NUM_GPUS promises."""
     promised = math.ceil(float(os.environ.get(GPU_VARIABLE, 0)))
     return max(promised, int(ray.cluster_resources().get("GPU", 0)))
+
+
+def num_nodes() -> int:
+    """Nodes that are alive."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def num_cpus() -> float:

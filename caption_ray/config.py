@@ -322,14 +322,27 @@ class TrainConfig(_Strict):
     num_workers: int = 1
     """Training workers: one GPU each where the cluster has GPUs."""
 
+    min_workers: int | None = None
+    """Train with as few workers as this while nodes are missing, and take new ones in as they
+    come, up to `num_workers`; None: always with `num_workers`."""
+
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for each training worker; the rest decode pictures."""
 
     use_gpu: bool | None = None
     """Train on GPUs; None: if the cluster has any."""
 
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How workers exchange gradients; auto: NCCL between GPUs, gloo between CPUs. With gloo, a
+    worker whose torch finds no GPU although Ray gave it one computes on the CPU: so a GPU
+    cluster's coming and going can be tried without any."""
+
     checkpoint_every: int | None = None
-    """Steps between checkpoints inside an epoch; None: only at each epoch's end."""
+    """Steps between checkpoints inside an epoch; None: only as `checkpoint_seconds` says."""
+
+    checkpoint_seconds: float | None = 600.0
+    """Seconds between checkpoints inside an epoch, which bound what a failure costs; None: only
+    at each epoch's end."""
 
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept, besides the best and those yet to be
@@ -349,7 +362,8 @@ class TrainConfig(_Strict):
     """Validation pictures that are captioned for the tracker after each epoch."""
 
     max_failures: int = 3
-    """How often dead workers are replaced before the run gives up; -1: without end."""
+    """How often dead workers are replaced before the run gives up, counted anew if it got further
+    meanwhile; -1: without end."""
 
     log_every: int = 100
     """Steps between lines on the console and points in the tracker."""
@@ -606,6 +620,18 @@ def validate(config: Config) -> None:
         "train.patience": train.patience,
     }.items():
         require(optional is None or optional >= 1, option, optional, "give at least 1, or None")
+    require(
+        train.min_workers is None or 1 <= train.min_workers <= train.num_workers,
+        "train.min-workers",
+        train.min_workers,
+        f"give 1 to --train.num-workers ({train.num_workers}), or None",
+    )
+    require(
+        train.checkpoint_seconds is None or train.checkpoint_seconds > 0,
+        "train.checkpoint-seconds",
+        train.checkpoint_seconds,
+        "give a number above 0, or None",
+    )
     for option, number in {
         "train.learning-rate": train.learning_rate,
         "train.max-grad-norm": train.max_grad_norm,

@@ -16,6 +16,8 @@ def main() -> None:
         finished = trainer.train(settings)
     except (ValueError, trainer.RunError) as error:
         raise SystemExit(f"error: {error}") from None
+    except trainer.Stopped as stopped:
+        raise SystemExit(str(stopped)) from None
     curve = report.write_loss_curve(finished.history, finished.run)
     drawn = settings.data.shards is None and settings.data.source is None
     records = evaluate.caption_split(

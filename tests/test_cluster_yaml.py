@@ -154,7 +154,6 @@ def test_every_shell_of_a_node_has_the_environment(config: dict[str, Any], tmp_p
     tokens = Tokens(values[TOKENS_FILE_VARIABLE])
     assert tokens.required and tokens.accept("Bearer a-token-that-is-long-enough")
     assert values["AWS_DEFAULT_REGION"] == config["provider"]["region"]
-    assert values["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
     assert int(values["RAY_JOB_STOP_WAIT_TIME_S"]) > 3, "no better than Ray's default"
     assert values["PATH"].startswith(f"{tmp_path}/caption_ray/venv/bin:")
     assert (tmp_path / ".bashrc").read_text().count("environment") == 1

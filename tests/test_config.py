@@ -58,6 +58,8 @@ def test_overrides_without_a_preset_apply_to_the_default_one():
         (["--search.temperature", "1e-40"], ["--search.temperature", "1e-40", "1e-06"]),
         (["--search.temperature", "nan"], ["--search.temperature", "nan"]),
         (["--search.top-p", "0"], ["--search.top-p", "0", "1e-06"]),
+        (["--train.min-workers", "3"], ["--train.min-workers", "3"]),
+        (["--train.checkpoint-seconds", "0"], ["--train.checkpoint-seconds", "above"]),
         (["cocoo"], ["cocoo", "coco"]),
     ],
 )

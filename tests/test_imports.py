@@ -15,6 +15,7 @@ RAY = {
     "data/ingest.py",
     "data/pipeline.py",
     "training/rewards.py",
+    "training/interruption.py",
     "training/trainer.py",
     "training/validation.py",
     "training/worker.py",

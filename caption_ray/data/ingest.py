@@ -71,7 +71,7 @@ def ingest(
     source, out = storage.resolve(source), storage.resolve(out)
     found = find_splits(source, splits=splits, karpathy=karpathy)
     pieces = {split: _shuffled(content, images_per_shard, seed) for split, content in found.items()}
-    plan = _plan_digest(pieces, image_size)
+    plan = plan_digest(pieces, image_size)
 
     finished = read_index(out) if storage.exists(storage.join(out, INDEX_FILE)) else None
     if finished is not None:
@@ -182,7 +182,8 @@ def _shuffled(split: Split, images_per_shard: int, seed: int) -> list[list[Recor
     return [[split.records[i] for i in part] for part in np.array_split(order, count)]
 
 
-def _plan_digest(pieces: dict[str, list[list[Record]]], image_size: int | None) -> str:
+def plan_digest(pieces: dict[str, list[list[Record]]], image_size: int | None) -> str:
+    """Of all that determines the shards: which pictures with which captions, where, settings."""
     text = json.dumps(
         {
             "format": shards.FORMAT,

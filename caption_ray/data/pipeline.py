@@ -27,7 +27,7 @@ from ray.data.extensions import ArrowTensorArray
 from caption_ray import storage
 from caption_ray.config import DataConfig, EncoderConfig
 from caption_ray.data import shards, transforms
-from caption_ray.data.ingest import READ_THREADS, read_index, to_row
+from caption_ray.data.ingest import READ_THREADS, plan_digest, read_index, to_row
 from caption_ray.data.plan import Piece
 from caption_ray.data.shards import Index, Shard
 from caption_ray.data.sources import Record, find_splits
@@ -97,6 +97,8 @@ class DataSet:
     uri: str
     splits: dict[str, list[ShardFile] | list[RawImages]]
     word_counts: dict[str, int]
+    digest: str
+    """Of which pictures with which captions stand where: what an epoch's ledger refers to."""
 
     def rows(self, split: str) -> list[int]:
         """Pictures in each unit of a split; ValueError naming the splits there are."""
@@ -116,6 +118,7 @@ def open_shards(uri: str) -> DataSet:
             for split, listed in index.splits.items()
         },
         index.word_counts,
+        index.plan,
     )
 
 
@@ -123,9 +126,11 @@ def open_source(uri: str, *, seed: int) -> DataSet:
     """The pictures of a COCO layout as they lie, without ingest, in a shuffled order."""
     splits: dict[str, list[ShardFile] | list[RawImages]] = {}
     counts: dict[str, int] = {}
+    order_of: dict[str, list[list[Record]]] = {}
     for split, content in find_splits(uri).items():
         order = np.random.default_rng(seed).permutation(len(content.records))
         records = [content.records[i] for i in order]
+        order_of[split] = [records]
         splits[split] = [
             RawImages(tuple(records[start : start + BLOCK_ROWS]))
             for start in range(0, len(records), BLOCK_ROWS)
@@ -135,7 +140,7 @@ def open_source(uri: str, *, seed: int) -> DataSet:
                 for caption in record.picture.captions:
                     for word in tokenize(caption):
                         counts[word] = counts.get(word, 0) + 1
-    return DataSet(storage.resolve(uri), splits, counts)
+    return DataSet(storage.resolve(uri), splits, counts, plan_digest(order_of, None))
 
 
 # Rows to arrays -------------------------------------------------------------------------------

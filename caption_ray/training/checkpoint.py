@@ -70,6 +70,9 @@ class State:
     """The newest validation metrics."""
     tracker_id: str | None
     """Run id in Weights & Biases."""
+    pictures: int = 0
+    """Pictures learnt from since the run began, each as often as it was: over all epochs, as many
+    as these had if none was lost and none seen twice."""
 
 
 @dataclass(frozen=True)
@@ -321,6 +324,13 @@ def _find_one(uri: str, which: str) -> str:
             "train one (python jobs/train.py) or name another"
         )
     return max(pointers)[1]
+
+
+def latest_step(run: str) -> int:
+    """Steps that the run's latest checkpoint holds; 0 if there is none."""
+    if not storage.exists(storage.join(run, "latest.json")):
+        return 0
+    return int(_read_pointer(run, "latest")["step"])
 
 
 def _read_pointer(run: str, which: str) -> dict[str, Any]:

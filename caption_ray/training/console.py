@@ -16,6 +16,8 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
+from caption_ray import cluster
+
 REFRESH_SECONDS = 0.3
 
 
@@ -62,7 +64,7 @@ class Console:
 @contextlib.contextmanager
 def shown() -> Iterator[Console]:
     """A console whose lines and bar appear on this process's terminal while the context lasts."""
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    mailbox: Any = ray.remote(**cluster.on_this_node())(_Mailbox).remote()
     done = threading.Event()
     shower = threading.Thread(target=_show, args=(mailbox, done), daemon=True)
     shower.start()

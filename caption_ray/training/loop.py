@@ -130,14 +130,21 @@ def to_example(
     return Example(on_device[0], on_device[1].long(), weight)
 
 
-def learning_rate_factor(step: int, settings: TrainConfig, total_steps: int) -> float:
-    """Share of the peak learning rate at `step` (from 0): linear warm-up, then cosine to zero."""
+def learning_rate_factor(
+    step: int, settings: TrainConfig, total_steps: int, place: int | None = None
+) -> float:
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, then cosine to zero.
+
+    place: where the run stands among `total_steps`, if that is not `step`: with another number of
+    workers than before, an epoch has another number of steps.
+    """
+    place = step if place is None else place
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return 1.0
-    progress = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = (place - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:

@@ -16,25 +16,30 @@ from ray.train import (
     LoggingConfig,
     RunConfig,
     ScalingConfig,
+    TrainingFailedError,
     ValidationConfig,
     ValidationTaskConfig,
 )
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from caption_ray import cluster, storage
 from caption_ray.config import Config, from_dict, to_dict
 from caption_ray.data.ingest import ensure_shapes
 from caption_ray.data.pipeline import DataSet, open_shards, open_source
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.training import checkpoint, console, rewards, validation
+from caption_ray.training import checkpoint, console, interruption, rewards, validation
 from caption_ray.training.journal import read_history
 from caption_ray.training.worker import FAILURE_FILE, Job, work
 
-CONFIG_FILE, VOCABULARY_FILE = "config.json", "vocabulary.json"
+CONFIG_FILE, VOCABULARY_FILE, DATA_FILE = "config.json", "vocabulary.json", "data.json"
 
 
 class RunError(RuntimeError):
     """The run stopped for a reason that starting its workers again would not mend."""
+
+
+class Stopped(Exception):
+    """The run was told to stop, saved where it stood, and can go on from there."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,15 @@ def train(config: Config) -> Finished:
     """Train the configured captioner, or go on with the run of that name.
 
     Needs a connection to Ray (`cluster.connect`). Raises ValueError for settings and data that
-    cannot work, RunError for a run that diverged or whose data is unreadable, and Ray's
-    TrainingFailedError when workers die more often than allowed.
+    cannot work, RunError for a run that diverged or whose data is unreadable, Stopped after SIGINT
+    or SIGTERM, and Ray's TrainingFailedError when workers die more often than allowed.
     """
     config = _settle(config)
     assert config.run.name is not None
     run = storage.join(config.run.storage, config.run.name)
     dataset = open_data(config)
     vocabulary = _vocabulary(config, dataset)
-    resumed = _settle_run(config, run, vocabulary)
+    resumed = _settle_run(config, run, dataset, vocabulary)
     gpus = cluster.num_gpus() if config.train.use_gpu is not False else 0
     if config.train.use_gpu:
         gpus = max(gpus, config.train.num_workers)
@@ -74,25 +79,29 @@ def train(config: Config) -> Finished:
         f"{config.train.num_workers} worker(s) on {'GPU' if gpus else 'CPU'}",
         flush=True,
     )
-    # Ray's own record of checkpoints would be restored under the same name, and fails where one
-    # of them was pruned or Ray is newer; `latest.json` is the only truth about a run
-    storage.delete(storage.join(run, "checkpoint_manager_snapshot.json"))
-    checkpoint.release_all(run)
     resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if gpus else {})
     storage.delete(storage.join(run, FAILURE_FILE))
     shared = ray.put(dataset)
     cider = None
     if config.train.stage == "self-critical":
         cider = ray.put(rewards.document_frequencies(dataset))
+    least, most = config.train.min_workers, config.train.num_workers
+    cluster.configure_train(elastic=least is not None)
+    cluster.hold_data_here()
+    switch = interruption.StopSwitch()
     with console.shown() as shown:
         trainer = TorchTrainer(
             work,
-            train_loop_config={"job": Job(config, run, shared, vocabulary, shown, cider)},
+            train_loop_config={"job": Job(config, run, shared, vocabulary, shown, cider, switch)},
+            torch_config=TorchConfig(
+                backend=None if config.train.backend == "auto" else config.train.backend
+            ),
             validation_config=_validation(config, run, shared, gpus),
             scaling_config=ScalingConfig(
-                num_workers=config.train.num_workers,
+                num_workers=most if least is None else (least, most),
                 use_gpu=bool(gpus),
                 resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=cluster.RESIZE_SECONDS,
             ),
             run_config=RunConfig(
                 name=config.run.name,
@@ -102,12 +111,36 @@ def train(config: Config) -> Finished:
                 worker_runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
             ),
         )
-        try:
-            trainer.fit()
-        finally:
-            if storage.exists(storage.join(run, FAILURE_FILE)):
-                raise RunError(storage.read_text(storage.join(run, FAILURE_FILE))) from None
+        while not _fit(trainer, run, switch):
+            shown.say("The workers' last lives are used up, but they got further: starting anew")
     return Finished(run, checkpoint.find(run, "best"), read_history(run), dataset.uri)
+
+
+def _fit(trainer: TorchTrainer, run: str, switch: interruption.StopSwitch) -> bool:
+    """Have Ray start workers, and replace them as often as it may; whether the run is complete.
+
+    Otherwise it got further, so that it is worth going on.
+    """
+    # Ray's own record of checkpoints would be restored under the same name, and fails where one
+    # of them was pruned or Ray is newer; `latest.json` is the only truth about a run
+    storage.delete(storage.join(run, "checkpoint_manager_snapshot.json"))
+    checkpoint.release_all(run)
+    before = checkpoint.latest_step(run)
+    complete, failed = False, None
+    try:
+        complete = interruption.call_until_told_to_stop(trainer.fit, switch).return_value
+    except TrainingFailedError as error:
+        failed = error
+    if storage.exists(storage.join(run, FAILURE_FILE)):
+        raise RunError(storage.read_text(storage.join(run, FAILURE_FILE)))
+    if failed is not None and checkpoint.latest_step(run) == before:
+        raise failed
+    if failed is None and not complete:
+        raise Stopped(
+            f"Stopped; {checkpoint.find(run)} holds all that was learnt: the same command with "
+            f"--run.name {storage.name(run)} goes on"
+        )
+    return complete
 
 
 def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
@@ -203,14 +236,15 @@ def _shapes(config: Config) -> tuple[int, int, int]:
     return data.shapes_train, data.shapes_val, data.shapes_seed
 
 
-def _settle_run(config: Config, run: str, vocabulary: Vocabulary) -> bool:
-    """Write configuration and vocabulary into the run's folder, or check that those which are
-    there fit; returns whether the run had begun before."""
+def _settle_run(config: Config, run: str, dataset: DataSet, vocabulary: Vocabulary) -> bool:
+    """Write configuration, vocabulary and the data set's digest into the run's folder, or check
+    that those which are there fit; returns whether the run had begun before."""
     saved = storage.join(run, CONFIG_FILE)
     resumed = storage.exists(storage.join(run, "latest.json"))
     if resumed:
         old = from_dict(Config, json.loads(storage.read_bytes(saved)), saved)
         words = storage.read_text(storage.join(run, VOCABULARY_FILE))
+        data = json.loads(storage.read_bytes(storage.join(run, DATA_FILE)))
         differs = [
             name
             for name, same in {
@@ -218,6 +252,7 @@ def _settle_run(config: Config, run: str, vocabulary: Vocabulary) -> bool:
                 "data.shards": old.data.shards == config.data.shards,
                 "data.source": old.data.source == config.data.source,
                 "data.shapes-*": _shapes(old) == _shapes(config),
+                "the data set, which changed since": data["digest"] == dataset.digest,
                 "the vocabulary": Vocabulary.from_json(words, run).words == vocabulary.words,
             }.items()
             if not same
@@ -229,4 +264,6 @@ def _settle_run(config: Config, run: str, vocabulary: Vocabulary) -> bool:
             )
     storage.write_bytes(saved, json.dumps(to_dict(config), indent=1).encode())
     storage.write_bytes(storage.join(run, VOCABULARY_FILE), vocabulary.to_json().encode())
+    known = {"uri": dataset.uri, "digest": dataset.digest}
+    storage.write_bytes(storage.join(run, DATA_FILE), json.dumps(known, indent=1).encode())
     return resumed

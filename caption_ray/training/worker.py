@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +28,14 @@ from caption_ray.training import checkpoint, loop, self_critical, validation
 from caption_ray.training.checkpoint import State
 from caption_ray.training.console import Console
 from caption_ray.training.feed import Fed, Feed
+from caption_ray.training.interruption import Interruptions, StopSwitch, Wish
 from caption_ray.training.journal import HISTORY_FILE, Journal
 from caption_ray.training.rewards import RemoteRewards
 
 FAILURE_FILE = "failure.txt"
+
+UPLOADS = 2
+"""Checkpoints on their way at a time: the one that is written, and the next."""
 
 PERMANENT = (ValueError, TooManyBadImages, loop.NonFiniteLoss)
 """Errors that starting the workers again would not mend."""
@@ -48,15 +53,16 @@ class Job:
     console: Console
     cider: ray.ObjectRef | None
     """What the self-critical stage scores with; None in the other."""
+    switch: StopSwitch
 
 
-def work(loop_config: dict[str, Any]) -> None:
-    """The training function that Ray Train runs on every worker."""
+def work(loop_config: dict[str, Any]) -> bool:
+    """The training function that Ray Train runs on every worker; whether the run is complete."""
     job: Job = loop_config["job"]
     if storage.exists(storage.join(job.run, FAILURE_FILE)):
-        return
+        return False
     try:
-        _train(_Worker(job))
+        return _train(_Worker(job))
     except PERMANENT as error:
         # Ray Train starts workers anew after any error; these find the reason and end at once
         message = f"{type(error).__name__}: {error}"
@@ -64,7 +70,7 @@ def work(loop_config: dict[str, Any]) -> None:
         raise
 
 
-def _train(worker: _Worker) -> None:
+def _train(worker: _Worker) -> bool:
     worker.resume()
     config = worker.config.train
     while worker.epoch < config.epochs and not worker.is_stale():
@@ -73,11 +79,17 @@ def _train(worker: _Worker) -> None:
             worker.step(fed)
             if (worker.step_in_epoch - 1) % config.log_every == 0:
                 worker.log()
-            if config.checkpoint_every and worker.total_steps % config.checkpoint_every == 0:
-                if worker.step_in_epoch < worker.steps_this_epoch:  # else end_epoch does
-                    worker.checkpoint()
+            wish = worker.interruptions.granted()
+            due = config.checkpoint_every and worker.total_steps % config.checkpoint_every == 0
+            ended = worker.step_in_epoch == worker.steps_this_epoch  # then end_epoch saves
+            if wish is Wish.STOP or ((wish is Wish.SAVE or due) and not ended):
+                worker.checkpoint()
+            if wish is Wish.STOP:
+                worker.stop()
+                return False
         worker.end_epoch()
     worker.finish()
+    return True
 
 
 class _Worker:
@@ -88,7 +100,10 @@ class _Worker:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.is_chief = self.rank == 0
-        self.device: torch.device = ray.train.torch.get_device()
+        without_gpu = self.config.train.backend == "gloo" and not torch.cuda.is_available()
+        self.device: torch.device = (
+            torch.device("cpu") if without_gpu else ray.train.torch.get_device()
+        )
         if self.device.type == "cpu":
             # Ray gives a process one thread; processes on one node share its cores evenly
             cores = len(os.sched_getaffinity(0))
@@ -107,9 +122,11 @@ class _Worker:
             decode_cpus=self._decode_cpus(),
         )
         self.steps_per_epoch = self.feed.num_steps()
-        self.epoch = self.total_steps = self.step_in_epoch = 0
+        self.epoch = self.total_steps = self.step_in_epoch = self.pictures = 0
         self.metrics: dict[str, float] = {}
         self.validated: set[str] = set()
+        self.interruptions = Interruptions(job.switch, self.config.train)
+        self.uploads = threading.Semaphore(UPLOADS)
         self.journal = Journal(self.config, job.run, job.console, self.device)
         self._build_model()
 
@@ -155,7 +172,9 @@ class _Worker:
         reserved = self.world_size * self.config.train.cpus_per_worker
         free = cluster.num_cpus() - reserved
         if free < 1:
-            raise ValueError(
+            # in a run that had begun it is for lack of a node, which may come back
+            begun = checkpoint.latest_step(self.job.run) > 0
+            raise (RuntimeError if begun else ValueError)(
                 f"--train.num-workers {self.world_size} x --train.cpus-per-worker "
                 f"{self.config.train.cpus_per_worker} leave {free:g} of the cluster's CPUs for "
                 "decoding, which needs 1: lower --train.cpus-per-worker (0.5, say)"
@@ -187,12 +206,14 @@ class _Worker:
             self.epoch, self.total_steps = state.epoch, state.step
             self.step_in_epoch = state.epoch_step
             self.metrics, tracker_id = dict(state.metrics), state.tracker_id
+            # a sum over all ranks
+            self.pictures = state.pictures if self.is_chief else 0
         if self.is_chief:
             self.journal.open(self.total_steps, tracker_id)
             self.validated = set(validation.collect(self.job.run, ()))
         if uri is not None:
             place = f"epoch {self.epoch + 1}, step {self.total_steps}"
-            self.journal.say(f"Resumed from {uri} ({place})")
+            self.journal.say(f"Resumed from {uri} ({place}) with {self.world_size} worker(s)")
 
     def begin_epoch(self) -> None:
         """Start an epoch, or what is left of it."""
@@ -200,7 +221,10 @@ class _Worker:
         self.model.train()
         if self.rewards is not None:
             self_critical.as_policy(self.model)
-        self.steps_this_epoch = self.step_in_epoch + self.feed.num_steps(self.feed.ledger)
+        left = self.feed.num_steps(self.feed.ledger)
+        self.steps_this_epoch = self.step_in_epoch + left
+        # steps that would have led here with as many workers as there are now
+        self.place = (self.epoch + 1) * self.steps_per_epoch - left
 
     def is_stale(self) -> bool:
         """Whether so many validations brought nothing better that the run is to stop; every rank
@@ -218,7 +242,7 @@ class _Worker:
         """One optimizer step, noted in the ledger."""
         train = self.config.train
         total = self.steps_per_epoch * train.epochs
-        factor = loop.learning_rate_factor(self.total_steps, train, total)
+        factor = loop.learning_rate_factor(self.total_steps, train, total, self.place)
         self.learning_rate = loop.set_learning_rate(self.optimizer, factor)
         seed = loop.seed_step(train.seed, self.total_steps, self.rank)
         if self.rewards is None:
@@ -239,8 +263,10 @@ class _Worker:
         self.journal.wait("data", self.feed.take_wait())
         self.journal.note(sums, norm)
         self.feed.seen(fed.numbers)
+        self.pictures += len(fed.numbers)
         self.total_steps += 1
         self.step_in_epoch += 1
+        self.place += 1
         if self.is_chief:
             title = f"epoch {self.epoch + 1}/{train.epochs}"
             self.job.console.progress(title, self.step_in_epoch, self.steps_this_epoch)
@@ -251,7 +277,7 @@ class _Worker:
             self.total_steps,
             self.epoch,
             self.step_in_epoch,
-            self.epoch + self.step_in_epoch / self.steps_per_epoch,
+            self.place / self.steps_per_epoch,
             self.learning_rate,
         )
 
@@ -319,7 +345,8 @@ class _Worker:
     def checkpoint(self, to_validate: bool = False) -> None:
         """Save here, upload in the background, and then validate if asked to.
 
-        Rank 0 writes; every rank reports, which is a barrier.
+        Rank 0 writes; every rank reports, which is a barrier. Where uploads are slower than
+        checkpoints come, training waits: what a failure costs stays bounded.
         """
         self.journal.require_finite(self.total_steps, self.epoch)
         seen = self.feed.shared_ledger()
@@ -329,9 +356,11 @@ class _Worker:
             epoch_step=self.step_in_epoch,
             metrics=self.metrics,
             tracker_id=self.journal.tracker_id,
+            pictures=int(loop.summed(self.pictures, self.device)),
         )
         saved = None
         if self.is_chief:
+            self.uploads.acquire()
             folder = tempfile.mkdtemp(prefix=checkpoint.PREFIX)
             extra: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
             if self.average is not None:
@@ -351,7 +380,7 @@ class _Worker:
         name = checkpoint.folder_name(self.total_steps)
         upload = _Upload(
             self.job.run, state, self.config.train.keep_checkpoints, to_validate,
-            self.journal.to_json(),
+            self.journal.to_json(), self.uploads,
         )  # fmt: skip
         ray.train.report(
             {**self.metrics, "step": self.total_steps, "epoch": self.epoch},
@@ -366,6 +395,11 @@ class _Worker:
         """Wait for what still goes on in the background, and close the tracker."""
         ray.train.get_all_reported_checkpoints()
         self._note_validations()
+        self.stop()
+
+    def stop(self) -> None:
+        """Close the tracker, and wait for nothing but uploads, as Ray Train does by itself."""
+        self.interruptions.close()
         self.journal.close()
 
 
@@ -378,10 +412,14 @@ class _Upload:
     keep: int
     to_validate: bool
     history: bytes
+    slot: threading.Semaphore
 
     def __call__(self, saved: Checkpoint, name: str) -> Checkpoint:
-        storage.write_bytes(storage.join(self.run, HISTORY_FILE), self.history)
-        uri = checkpoint.commit(
-            Path(saved.path), self.run, self.state, keep=self.keep, to_validate=self.to_validate
-        )
+        try:
+            storage.write_bytes(storage.join(self.run, HISTORY_FILE), self.history)
+            uri = checkpoint.commit(
+                Path(saved.path), self.run, self.state, keep=self.keep, to_validate=self.to_validate
+            )
+        finally:
+            self.slot.release()
         return Checkpoint(uri)

@@ -23,12 +23,12 @@ import tempfile
 import threading
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 STORAGE_SERVERS = ("account", "container", "object")
 ACCESS_KEY, SECRET_KEY, REGION = "test:tester", "testing", "us-east-1"
 START_SECONDS = 60.0
@@ -73,17 +73,18 @@ def why_unavailable() -> str | None:
 
 
 @contextmanager
-def swift_s3() -> Iterator[S3Server]:
+def swift_s3(host: str = LOOPBACK, prefix: Sequence[str] = ()) -> Iterator[S3Server]:
     """Run a server in processes of its own, on a free port, for the length of the block.
 
-    Raises RuntimeError where it cannot run or does not start; the message says why.
+    host: the address to listen on. prefix: a command that runs the server's, in another network
+    namespace say. Raises RuntimeError where it cannot run or does not start; the message says why.
     """
     reason = why_unavailable()
     if reason is not None:
         raise RuntimeError(reason)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--until-eof"],
+            [*prefix, sys.executable, __file__, "--host", host, "--until-eof"],
             stdin=subprocess.PIPE,  # ends when this process does, however it ends
             stdout=subprocess.PIPE,
             stderr=log,
@@ -114,7 +115,7 @@ def swift_s3() -> Iterator[S3Server]:
                 process.communicate()
 
 
-def serve(folder: Path, port: int, until_eof: bool) -> None:
+def serve(folder: Path, host: str, port: int, until_eof: bool) -> None:
     """Serve until SIGTERM, Ctrl-C or, if asked, the end of the standard input."""
 
     def stop(*_: object) -> None:
@@ -128,14 +129,14 @@ def serve(folder: Path, port: int, until_eof: bool) -> None:
 
     # Bound before any port is written down, so that no other process can take one in between.
     sockets = {
-        name: eventlet.listen((HOST, port if name == "proxy" else 0), reuse_port=False)
+        name: eventlet.listen((host, port if name == "proxy" else 0), reuse_port=False)
         for name in ("proxy", *STORAGE_SERVERS)
     }
     for sock in sockets.values():
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a read waits 40 ms
     ports = {name: sock.getsockname()[1] for name, sock in sockets.items()}
-    build_rings(folder, ports)
-    write_configuration(folder, ports)
+    build_rings(folder, host, ports)
+    write_configuration(folder, host, ports)
     children: list[int] = []
     try:
         for name in sockets:
@@ -144,9 +145,9 @@ def serve(folder: Path, port: int, until_eof: bool) -> None:
             sock.close()
         # A connection waits in the queue of its socket until the server is ready to answer.
         for number in ports.values():
-            url = f"http://{HOST}:{number}/healthcheck"
+            url = f"http://{host}:{number}/healthcheck"
             urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url).close()
-        server = S3Server(f"http://{HOST}:{ports['proxy']}", ACCESS_KEY, SECRET_KEY, REGION)
+        server = S3Server(f"http://{host}:{ports['proxy']}", ACCESS_KEY, SECRET_KEY, REGION)
         for variable, value in server.environment().items():
             print(f"export {variable}={value}", flush=True)
         watched = [sys.stdin] if until_eof else []
@@ -184,24 +185,24 @@ def fork_server(name: str, folder: Path, sockets: Mapping[str, Any]) -> int:
         os._exit(1)
 
 
-def build_rings(folder: Path, ports: Mapping[str, int]) -> None:
+def build_rings(folder: Path, host: str, ports: Mapping[str, int]) -> None:
     from swift.common.ring import RingBuilder
 
     (folder / "devices" / "disk").mkdir(parents=True)
     for name in STORAGE_SERVERS:
         builder = RingBuilder(part_power=1, replicas=1, min_part_hours=1)
-        address = {"ip": HOST, "port": ports[name], "device": "disk"}
+        address = {"ip": host, "port": ports[name], "device": "disk"}
         builder.add_dev({"id": 0, "region": 1, "zone": 1, "weight": 1.0, **address})
         builder.rebalance()
         builder.get_ring().save(str(folder / f"{name}.ring.gz"))
 
 
-def write_configuration(folder: Path, ports: Mapping[str, int]) -> None:
+def write_configuration(folder: Path, host: str, ports: Mapping[str, int]) -> None:
     # Each time limit is far above Swift's own: on a busy machine a passed limit would mean a 503
     # or a listing that lags behind its objects, as a single device leaves no other to turn to.
     common = f"""
 [DEFAULT]
-bind_ip = {HOST}
+bind_ip = {host}
 bind_port = %d
 swift_dir = {folder}
 devices = {folder}/devices
@@ -254,7 +255,8 @@ use = egg:swift#{name}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve S3 on loopback until Ctrl-C.")
+    parser = argparse.ArgumentParser(description="Serve S3 until Ctrl-C.")
+    parser.add_argument("--host", default=LOOPBACK, help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--until-eof", action="store_true", help="or until the input ends")
     options = parser.parse_args()
@@ -262,7 +264,7 @@ def main() -> None:
     if reason is not None:
         raise SystemExit(reason)
     with tempfile.TemporaryDirectory(prefix="swift-") as folder:
-        serve(Path(folder), options.port, options.until_eof)
+        serve(Path(folder), options.host, options.port, options.until_eof)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,20 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert {loop.learning_rate_factor(step, constant, 10) for step in range(20)} == {1.0}
 
 
+def test_another_number_of_workers_leaves_the_learning_rate_where_it_was():
+    settings = _settings(warmup_steps=4)
+    # half of 8 epochs of 10 steps is also half of 8 epochs of 5
+    before = loop.learning_rate_factor(42, settings, 80 + 4, place=44)
+    after = loop.learning_rate_factor(42, settings, 40 + 4, place=24)
+    assert before == after == pytest.approx(0.5)
+    # a place before the end of warm-up is its end: the rate never rises again
+    assert loop.learning_rate_factor(4, settings, 100, place=2) == 1
+    for step in range(80):
+        assert loop.learning_rate_factor(step, settings, 80, step) == loop.learning_rate_factor(
+            step, settings, 80
+        )
+
+
 def test_a_loss_that_is_not_finite_is_named_by_its_step():
     losses = [torch.tensor(value) for value in (1.0, 2.0, math.nan, math.inf)]
     loop.require_finite(losses[:2], 40, epoch=3)

@@ -14,9 +14,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from caption_ray import config, storage
+from caption_ray.data.ingest import ingest
 from caption_ray.training import checkpoint, trainer
 
 pytestmark = pytest.mark.usefixtures("local_ray")
+
+KILLS = sorted(int(step) for step in np.random.default_rng(7).choice(22, 3, replace=False) + 1)
+"""Steps of 24, three epochs, at which a worker is killed."""
 
 
 def _config(shards, runs, name, **train):
@@ -55,19 +59,29 @@ def _latest(finished):
     return checkpoint.find(finished.run, "latest")
 
 
-def _kill_a_worker_once(when):
-    """Send SIGKILL to a training worker of this process's Ray as soon as `when()` holds."""
+def _workers():
+    """The training workers of this process's Ray."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any("RayTrainWorker" in part for part in process.cmdline()):
+                yield process.pid
+        except psutil.NoSuchProcess:
+            pass
+
+
+def _kill_a_worker_at(steps, pointer):
+    """Send SIGKILL to a training worker each time that the run's newest checkpoint has reached the
+    next of `steps`; returns the ids of those killed, and the thread that does it."""
+
+    def reached(step):
+        return pointer.exists() and json.loads(pointer.read_text())["step"] >= step
 
     def watch():
-        while not when():
-            time.sleep(0.02)
-        for process in psutil.Process().children(recursive=True):
-            if process.name().startswith("ray::RayTrain") or any(
-                "RayTrainWorker" in part for part in process.cmdline()
-            ):
-                killed.append(process.pid)
-                os.kill(process.pid, signal.SIGKILL)
-                return
+        for step in steps:
+            while not (reached(step) and (alive := set(_workers()) - set(killed))):
+                time.sleep(0.02)
+            killed.append(min(alive))
+            os.kill(killed[-1], signal.SIGKILL)
 
     killed: list[int] = []
     thread = threading.Thread(target=watch, daemon=True)
@@ -108,24 +122,40 @@ def test_the_same_seed_gives_the_same_weights(undisturbed, shards, tmp_path):
         assert np.array_equal(weight, second[name]), name
 
 
-def test_a_run_whose_worker_was_killed_ends_as_if_nothing_had_happened(
+def test_a_run_whose_worker_was_killed_thrice_ends_as_if_nothing_had_happened(
     undisturbed, shards, tmp_path
 ):
-    pointer = tmp_path / "killed" / "latest.json"
-
-    def in_mid_epoch():
-        # the first checkpoint inside the second epoch
-        return pointer.exists() and json.loads(pointer.read_text())["step"] >= 12
-
-    killed, watcher = _kill_a_worker_once(in_mid_epoch)
-    finished = trainer.train(_config(shards, tmp_path, "killed", checkpoint_every=3))
+    # more often than max_failures in all, but each time the run had got further
+    run = _config(shards, tmp_path, "killed", checkpoint_every=1, max_failures=1)
+    killed, watcher = _kill_a_worker_at(KILLS, tmp_path / "killed" / "latest.json")
+    finished = trainer.train(run)
     watcher.join(timeout=10)
-    assert len(killed) == 1
+    assert len(killed) == 3
     expected, weights = _weights(_latest(undisturbed)), _weights(_latest(finished))
     for name, weight in expected.items():
         assert np.array_equal(weight, weights[name]), name
     steps = [point["step"] for point in finished.history if "val/loss" in point]
     assert steps == [8, 16, 24]
+
+
+def test_two_workers_of_which_one_is_killed_thrice_learn_from_every_picture_once(shards, tmp_path):
+    settings = {"num_workers": 2, "checkpoint_every": 1, "keep_checkpoints": 100}
+    quiet = trainer.train(_config(shards, tmp_path, "quiet", **settings))
+    killed, watcher = _kill_a_worker_at((1, 5, 10), tmp_path / "killed" / "latest.json")
+    finished = trainer.train(_config(shards, tmp_path, "killed", **settings))
+    watcher.join(timeout=10)
+    assert len(killed) == 3
+    for folder in sorted((tmp_path / "killed").glob(f"{checkpoint.PREFIX}*/")):
+        state = json.loads((folder / checkpoint.STATE).read_text())
+        seen = np.load(folder / checkpoint.LEDGER).sum()
+        assert state["pictures"] == state["epoch"] * 40 + seen
+    assert (state["epoch"], state["pictures"]) == (3, 120)
+    # the order in which they are learnt from differs after a restart, hence the tolerance
+    losses = [
+        [point["val/loss"] for point in run.history if "val/loss" in point]
+        for run in (quiet, finished)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.03)
 
 
 def test_a_run_started_again_under_its_name_goes_on(undisturbed, shards, tmp_path):
@@ -146,6 +176,22 @@ def test_a_run_is_not_resumed_with_another_model(undisturbed, shards):
     )
     with pytest.raises(ValueError, match=r"differs in model; give another --run\.name"):
         trainer.train(changed)
+
+
+def test_a_run_is_not_resumed_on_a_data_set_that_changed_under_its_uri(
+    undisturbed, scenes, shards, tmp_path
+):
+    data, runs = shutil.copytree(shards, tmp_path / "shards"), tmp_path / "runs"
+    settings = _config(str(data), runs, "again", epochs=1)
+    trainer.train(settings)
+    shutil.rmtree(data)
+    # the same pictures and words, but picture 7 is another one than before
+    ingest(
+        str(scenes), str(data), image_size=None, images_per_shard=15, seed=1,
+        splits=("train", "val"), progress=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"differs in the data set, which changed since;"):
+        trainer.train(settings)
 
 
 def test_two_workers_learn_like_one_with_twice_the_batch(shards, tmp_path):

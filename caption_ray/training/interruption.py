@@ -1,0 +1,233 @@
+"""When a run saves and stops between two steps: who asks for it, and how all its workers agree.
+
+Asked for by: the interval between checkpoints; a node that is about to go (SIGTERM to
+`ray start --block`, `ray drain-node` on a spot notice) or that has come, as Ray Train then starts
+all workers anew and what was learnt since the last checkpoint is lost; and whoever stops the job
+(`ray job stop`, Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from caption_ray import cluster
+from caption_ray.config import TrainConfig
+
+LOOK_SECONDS = 2.0
+"""Between looks for nodes that are about to go or have come; each is a round trip of all workers to
+one actor, some milliseconds."""
+
+HURRY_SECONDS = 10.0
+"""Between checkpoints while a start of all workers is to be expected."""
+
+RESIZE_PATIENCE = 3 * cluster.RESIZE_SECONDS
+"""Seconds after which a new node is no longer expected to become a worker."""
+
+ASK_SECONDS = 0.5
+"""Between questions to the driver whether the run is to stop."""
+
+WAIT_SECONDS = 0.2
+
+T = TypeVar("T")
+
+
+class Wish(IntEnum):
+    """What is to happen after a step; of several wishes the highest is granted."""
+
+    GO_ON = 0
+    LOOK = 1
+    """Ask Ray whether a node is about to go: all workers must, at the same step."""
+    SAVE = 2
+    STOP = 3
+    """Save, and end the training function."""
+
+
+# On the driver --------------------------------------------------------------------------------
+
+
+class _Flag:
+    def __init__(self) -> None:
+        self.value = False
+
+    def set(self) -> None:
+        self.value = True
+
+    def get(self) -> bool:
+        return self.value
+
+
+class StopSwitch:
+    """By which the driver asks the workers to stop."""
+
+    def __init__(self) -> None:
+        self._flag: Any = ray.remote(**cluster.on_this_node())(_Flag).remote()
+
+    def throw(self) -> None:
+        ray.get(self._flag.set.remote())
+
+    def ask(self) -> ray.ObjectRef:
+        """A future that tells whether it was thrown."""
+        return self._flag.get.remote()
+
+
+def call_until_told_to_stop(function: Callable[[], T], switch: StopSwitch) -> T:
+    """What the function returns; on the first SIGINT or SIGTERM the switch is thrown, and the
+    function has as long as it needs to end. A second signal has its usual effect.
+
+    The function runs on another thread: on the main one Ray Train would make SIGINT its own.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    with _first_signal() as told:
+        thread.start()
+        while thread.is_alive():
+            thread.join(WAIT_SECONDS)
+            if told.is_set():
+                told.clear()
+                switch.throw()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+@contextmanager
+def _first_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets instead of ending the process."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told  # only the main thread receives signals
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    def on_signal(*_: object) -> None:
+        restore()
+        told.set()
+
+    for kind in before:
+        signal.signal(kind, on_signal)
+    try:
+        yield told
+    finally:
+        restore()
+
+
+# On the workers -------------------------------------------------------------------------------
+
+
+class Votes:
+    """The highest of all ranks' wishes, known to all of them one step after it was wished.
+
+    The votes travel while the next step is computed, so that nobody waits for them; over gloo, as
+    a look at a GPU's tensor would wait for the GPU. Every rank must cast and count equally often.
+    """
+
+    def __init__(self) -> None:
+        shared = dist.is_initialized() and dist.get_world_size() > 1
+        self._group: Any = dist.new_group(backend="gloo") if shared else None
+        self._votes = torch.tensor(Wish.GO_ON)
+        self._arriving: dist.Work | None = None
+
+    def cast(self, wish: Wish) -> None:
+        """This rank's wish; that of the last time has been counted."""
+        self._votes = torch.tensor(wish)
+        if self._group is not None:
+            self._arriving = dist.all_reduce(
+                self._votes, dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
+
+    def count(self) -> Wish:
+        """What was wished at the last step; nothing before the first."""
+        if self._arriving is not None:
+            self._arriving.wait()
+        return Wish(int(self._votes))
+
+
+class Interruptions:
+    """What is to happen between two steps of a run."""
+
+    def __init__(self, switch: StopSwitch, train: TrainConfig) -> None:
+        context = ray.train.get_context()
+        self._switch, self._is_chief = switch, context.get_world_rank() == 0
+        self._votes = Votes()
+        seconds = train.checkpoint_seconds
+        self._interval = math.inf if seconds is None else seconds
+        self._saved = self._looked = self._asked = time.monotonic()
+        self._hurried_until = -math.inf
+        grows = train.min_workers is not None and context.get_world_size() < train.num_workers
+        self._nodes = cluster.num_nodes() if grows and self._is_chief else None
+        self._answer: ray.ObjectRef | None = None
+        self._stopping = False
+
+    def granted(self) -> Wish:
+        """What is to happen now; to be asked once after each step, by every rank."""
+        wish = self._votes.count()
+        if wish is Wish.LOOK:
+            self._look()
+        elif wish is Wish.SAVE:
+            self.saved()
+        # only now: what is granted is not wished for again
+        self._votes.cast(self._wish())
+        return wish
+
+    def saved(self) -> None:
+        """The interval between checkpoints begins anew."""
+        self._saved = time.monotonic()
+
+    def close(self) -> None:
+        """Wait for the last vote."""
+        self._votes.count()
+
+    def _wish(self) -> Wish:
+        if not self._is_chief:
+            return Wish.GO_ON
+        now = time.monotonic()
+        if self._told_to_stop(now):
+            return Wish.STOP
+        hurried = now < self._hurried_until
+        if now - self._saved >= (min(self._interval, HURRY_SECONDS) if hurried else self._interval):
+            return Wish.SAVE
+        return Wish.LOOK if now - self._looked >= LOOK_SECONDS else Wish.GO_ON
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        hurried = self._looked < self._hurried_until
+        if ray.train.get_preemption_info() is not None:  # what rank 0 knows
+            self._hurried_until = math.inf
+        elif self._nodes is not None:
+            before, self._nodes = self._nodes, cluster.num_nodes()
+            if self._nodes > before:
+                self._hurried_until = self._looked + RESIZE_PATIENCE
+        if not hurried and self._looked < self._hurried_until:
+            self._saved = -math.inf  # the first time, at once
+
+    def _told_to_stop(self, now: float) -> bool:
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stopping = self._stopping or ray.get(self._answer)
+            self._answer = None
+        elif self._answer is None and now - self._asked >= ASK_SECONDS:
+            self._answer, self._asked = self._switch.ask(), now
+        return self._stopping

@@ -1,0 +1,91 @@
+"""Stopping and saving between two steps, without a run."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from caption_ray.training.interruption import Votes, Wish, call_until_told_to_stop
+
+
+class _Switch:
+    """The driver's end of a StopSwitch, without the actor."""
+
+    def __init__(self):
+        self.thrown = threading.Event()
+
+    def throw(self):
+        assert not self.thrown.is_set()
+        self.thrown.set()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_throws_the_switch_and_the_function_ends_by_itself(kind):
+    before, switch = signal.getsignal(kind), _Switch()
+
+    def function():
+        os.kill(os.getpid(), kind)
+        assert switch.thrown.wait(10)
+        return "saved"
+
+    assert call_until_told_to_stop(function, switch) == "saved"
+    assert signal.getsignal(kind) is before
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    switch, ended = _Switch(), threading.Event()
+
+    def function():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert switch.thrown.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.wait(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        call_until_told_to_stop(function, switch)
+    ended.set()
+
+
+def test_an_error_of_the_function_is_raised():
+    def function():
+        raise RuntimeError("no more workers")
+
+    with pytest.raises(RuntimeError, match="no more workers"):
+        call_until_told_to_stop(function, _Switch())
+
+
+WISHES = [
+    [Wish.GO_ON, Wish.SAVE, Wish.GO_ON, Wish.LOOK, Wish.GO_ON, Wish.GO_ON],
+    [Wish.GO_ON, Wish.GO_ON, Wish.GO_ON, Wish.GO_ON, Wish.STOP, Wish.GO_ON],
+    [Wish.LOOK, Wish.GO_ON, Wish.GO_ON, Wish.SAVE, Wish.GO_ON, Wish.GO_ON],
+]
+
+
+def _vote(wishes):
+    votes, granted = Votes(), []
+    for wish in wishes:
+        granted.append(votes.count())
+        votes.cast(wish)
+    votes.count()
+    return granted
+
+
+def _rank(rank, file, results):
+    dist.init_process_group("gloo", f"file://{file}", world_size=len(WISHES), rank=rank)
+    results.put((rank, _vote(WISHES[rank])))
+    dist.destroy_process_group()
+
+
+def test_all_ranks_are_granted_the_highest_wish_of_the_step_before(tmp_path):
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_rank, (str(tmp_path / "store"), results), nprocs=len(WISHES))
+    granted = dict(results.get() for _ in WISHES)
+    expected = [Wish.GO_ON, *(max(wishes) for wishes in zip(*WISHES, strict=True))][:-1]
+    assert granted == {rank: expected for rank in range(len(WISHES))}
+
+
+def test_one_worker_grants_its_own_wishes():
+    assert _vote(WISHES[0]) == [Wish.GO_ON, *WISHES[0][:-1]]
