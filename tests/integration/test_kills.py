@@ -171,4 +171,4 @@ def test_a_commit_to_a_bucket_killed_anywhere_leaves_a_good_checkpoint(saved, bu
         assert "Uploads" not in client.list_multipart_uploads(Bucket=name)
         return [file[len(run) :] for file in storage.list_files(run)]
 
-    _sweep(saved, bucket, REQUESTS, 10, leftovers)
+    _sweep(saved, bucket, REQUESTS, 8, leftovers)
