@@ -125,6 +125,7 @@ def _fit(trainer: TorchTrainer, run: str, switch: interruption.StopSwitch) -> bo
     # of them was pruned or Ray is newer; `latest.json` is the only truth about a run
     storage.delete(storage.join(run, "checkpoint_manager_snapshot.json"))
     checkpoint.release_all(run)
+    storage.delete_partial(run)
     before = checkpoint.latest_step(run)
     complete, failed = False, None
     try:
