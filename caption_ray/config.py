@@ -17,6 +17,9 @@ from typing import Any, Literal, TypeVar
 STORAGE_VARIABLE = "CAPTION_RAY_STORAGE"
 """Environment variable that moves the default run storage, for jobs and serving alike."""
 
+SMALLEST = 1e-6
+"""Least temperature and top_p: far below, they are zero in float32 and there is nothing to draw."""
+
 T = TypeVar("T")
 
 
@@ -182,6 +185,12 @@ class SearchConfig(_Strict):
     max_length: int = 20
     """Most words in a caption."""
 
+    min_length: int = 0
+    """Fewest words before a caption may end."""
+
+    no_repeat_ngram_size: int = 0
+    """No so many words in a row are said twice in a caption; 0: off, 3: trigram blocking."""
+
     length_penalty: float = 0.7
     """Beams are ranked by log-probability / length ** length_penalty; 0: by log-probability."""
 
@@ -193,6 +202,51 @@ class SearchConfig(_Strict):
 
     top_p: float = 1.0
     """Draw among the fewest words that together have this probability (nucleus sampling)."""
+
+
+@dataclass(frozen=True)
+class SearchOverrides(_Strict):
+    """Another way to search than the checkpoint's own; None: as the checkpoint says."""
+
+    beam_size: int | None = None
+    """Beams per picture; 1 is greedy."""
+
+    max_length: int | None = None
+    """Most words in a caption."""
+
+    min_length: int | None = None
+    """Fewest words before a caption may end."""
+
+    no_repeat_ngram_size: int | None = None
+    """No so many words in a row are said twice in a caption; 0: off, 3: trigram blocking."""
+
+    length_penalty: float | None = None
+    """Beams are ranked by log-probability / length ** length_penalty; 0: by log-probability."""
+
+    temperature: float | None = None
+    """Above 0, words are drawn from softmax(logits / temperature) instead of searched for."""
+
+    top_k: int | None = None
+    """Draw among so many of the likeliest words only."""
+
+    top_p: float | None = None
+    """Draw among the fewest words that together have this probability (nucleus sampling)."""
+
+    def apply(self, default: SearchConfig) -> SearchConfig:
+        """`default`, changed as asked for. Of two lengths that contradict each other, the one that
+        was not asked for gives way.
+
+        Raises ValueError as `validate_search` does.
+        """
+        names = [field.name for field in dataclasses.fields(SearchConfig)]
+        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.min_length is None and self.max_length is not None:
+            asked["min_length"] = min(default.min_length, self.max_length)
+        if self.max_length is None and self.min_length is not None:
+            asked["max_length"] = max(default.max_length, self.min_length)
+        search = dataclasses.replace(default, **asked)
+        validate_search(search)
+        return search
 
 
 @dataclass(frozen=True)
@@ -523,14 +577,17 @@ DEFAULT_PRESET = "shapes"
 # Checks ---------------------------------------------------------------------------------------
 
 
+def require(ok: bool, option: str, value: object, remedy: str) -> None:
+    """Raise ValueError naming the option, its value and the remedy unless all is well."""
+    if not ok:
+        raise ValueError(f"--{option} is {value!r}: {remedy}")
+
+
 def validate(config: Config) -> None:
     """Raise ValueError naming the option, its value and the remedy where values cannot work."""
     data, encoder, decoder = config.data, config.model.encoder, config.model.decoder
-    search, train = config.search, config.train
-
-    def require(ok: bool, option: str, value: object, remedy: str) -> None:
-        if not ok:
-            raise ValueError(f"--{option} is {value!r}: {remedy}")
+    train = config.train
+    validate_search(config.search)
 
     for option, value in {
         "data.captions-per-image": data.captions_per_image,
@@ -544,8 +601,6 @@ def validate(config: Config) -> None:
         "model.decoder.num-layers": decoder.num_layers,
         "model.decoder.num-heads": decoder.num_heads,
         "model.decoder.feedforward-dim": decoder.feedforward_dim,
-        "search.beam-size": search.beam_size,
-        "search.max-length": search.max_length,
         "train.epochs": train.epochs,
         "train.batch-size": train.batch_size,
         "train.accumulation": train.accumulation,
@@ -557,7 +612,6 @@ def validate(config: Config) -> None:
         require(value >= 1, option, value, "give a whole number of at least 1")
     for option, optional in {
         "data.max-words": data.max_words,
-        "search.top-k": search.top_k,
         "data.max-images": data.max_images,
         "data.decode-workers": data.decode_workers,
         "model.encoder.grid": encoder.grid,
@@ -589,8 +643,6 @@ def validate(config: Config) -> None:
         "train.warmup-steps": train.warmup_steps,
         "train.attention-regularization": train.attention_regularization,
         "train.sample-captions": train.sample_captions,
-        "search.length-penalty": search.length_penalty,
-        "search.temperature": search.temperature,
     }.items():
         require(number >= 0, option, number, "give 0 or more")
     require(
@@ -599,7 +651,6 @@ def validate(config: Config) -> None:
         data.caption_length,
         "start, one word and end already need 3 tokens",
     )
-    require(0 < search.top_p <= 1, "search.top-p", search.top_p, "give a probability in (0, 1]")
     require(0 < data.min_crop <= 1, "data.min-crop", data.min_crop, "give a share in (0, 1]")
     require(
         0 <= data.max_bad_images <= 1, "data.max-bad-images", data.max_bad_images, "give 0 to 1"
@@ -655,10 +706,52 @@ def validate(config: Config) -> None:
     )
     name = config.run.name
     require(
-        name is None or (name not in ("", ".", "..") and not set(name) & set("/\\?#%")),
+        name is None or (name not in ("", ".", "..") and not set(name) & set("/\\?#%,")),
         "run.name",
         name,
         "it names a folder: use letters, digits, dots, dashes and underscores",
+    )
+
+
+def validate_search(search: SearchConfig) -> None:
+    """The same for a search alone."""
+    for option, value in {
+        "search.beam-size": search.beam_size,
+        "search.max-length": search.max_length,
+    }.items():
+        require(value >= 1, option, value, "give a whole number of at least 1")
+    require(
+        0 <= search.min_length <= search.max_length,
+        "search.min-length",
+        search.min_length,
+        f"give 0 to --search.max-length, {search.max_length}",
+    )
+    require(
+        search.no_repeat_ngram_size >= 0,
+        "search.no-repeat-ngram-size",
+        search.no_repeat_ngram_size,
+        "give a number of words, or 0 to let them repeat",
+    )
+    require(
+        search.length_penalty >= 0, "search.length-penalty", search.length_penalty, "give 0 or more"
+    )
+    require(
+        search.temperature == 0 or SMALLEST <= search.temperature < float("inf"),
+        "search.temperature",
+        search.temperature,
+        f"give 0, or {SMALLEST} or more to draw words",
+    )
+    require(
+        search.top_k is None or search.top_k >= 1,
+        "search.top-k",
+        search.top_k,
+        "give at least 1, or None",
+    )
+    require(
+        SMALLEST <= search.top_p <= 1,
+        "search.top-p",
+        search.top_p,
+        f"give a probability from {SMALLEST} to 1",
     )
 
 

@@ -3,12 +3,12 @@
 Writes one JSON line a picture: file, caption and log-probability (or the error).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tyro
 
 from caption_ray import cluster
-from caption_ray.config import default_storage
+from caption_ray.config import SearchOverrides, default_storage
 from caption_ray.evaluation import evaluate
 from caption_ray.training import checkpoint
 
@@ -20,15 +20,19 @@ class Arguments:
     out: str
     """Where the JSON lines go."""
     checkpoint: str = default_storage()
-    """A checkpoint, a run (its best checkpoint) or a folder of runs (the newest run's best)."""
+    """A checkpoint, a run (its best checkpoint) or a folder of runs (the newest run's best);
+    several, separated by commas, caption together."""
+    search: SearchOverrides = field(default_factory=SearchOverrides)
+    """How captions are searched for; None: as the checkpoint says."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
         uri = checkpoint.find(arguments.checkpoint, "best")
+        search = arguments.search.apply(checkpoint.load(uri).search)
         cluster.connect()
-        unreadable = evaluate.caption_files(uri, arguments.images, arguments.out)
+        unreadable = evaluate.caption_files(uri, arguments.images, arguments.out, search=search)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"Captions of {uri} in {arguments.out}; {unreadable} unreadable pictures")

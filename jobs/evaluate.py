@@ -5,13 +5,12 @@ CIDEr-D, SPICE, the pointing game. Writes the results as COCO's evaluation serve
 scores of each image, and a report to look at.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tyro
 
-from caption_ray import cluster, storage
-from caption_ray.config import default_storage
+from caption_ray import cluster
+from caption_ray.config import SearchOverrides, default_storage
 from caption_ray.data.pipeline import open_shards
 from caption_ray.evaluation import scorecard
 from caption_ray.training import checkpoint
@@ -22,15 +21,16 @@ class Arguments:
     shards: str
     """Folder or bucket prefix that jobs/ingest.py wrote."""
     checkpoint: str = default_storage()
-    """A checkpoint, a run (its best checkpoint) or a folder of runs (the newest run's best)."""
+    """A checkpoint, a run (its best checkpoint) or a folder of runs (the newest run's best);
+    several, separated by commas, caption together."""
     split: str = "val"
     """Split of the shards."""
     out: str | None = None
     """Where the files go; None: below the run, evaluation/<split>."""
     name: str = "caption_ray"
     """What the results file calls the system."""
-    beam_size: int | None = None
-    """Beams; 1 is greedy; None: as the checkpoint says."""
+    search: SearchOverrides = field(default_factory=SearchOverrides)
+    """How captions are searched for; None: as the checkpoint says."""
     java: bool = True
     """Also METEOR and SPICE, if Java and pycocoevalcap are there."""
     limit: int | None = None
@@ -41,13 +41,10 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
         uri = checkpoint.find(arguments.checkpoint, "best")
-        search = checkpoint.load(uri).search
-        if arguments.beam_size is not None:
-            search = dataclasses.replace(search, beam_size=arguments.beam_size)
-        out = arguments.out or f"{storage.parent(uri)}/evaluation/{arguments.split}"
+        search = arguments.search.apply(checkpoint.load(uri).search)
         cluster.connect()
         card = scorecard.make(
-            uri, open_shards(arguments.shards), arguments.split, out, name=arguments.name,
+            uri, open_shards(arguments.shards), arguments.split, arguments.out, name=arguments.name,
             search=search, java=arguments.java, limit=arguments.limit,
         )  # fmt: skip
         page = scorecard.log(card, uri, arguments.split)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from caption_ray import cluster
+from caption_ray import cluster, storage
 from caption_ray.data import ingest, sources
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     cluster.connect()
     try:
         index = ingest.ingest(**vars(arguments))
-    except ValueError as error:
+    except (ValueError, storage.StorageError) as error:
         raise SystemExit(f"error: {error}") from None
     for split in index.splits:
         shards = index.shards(split)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -46,6 +47,17 @@ def test_overrides_without_a_preset_apply_to_the_default_one():
         (["--data.min-crop", "0"], ["--data.min-crop", "(0, 1]"]),
         (["--data.shards", "a", "--data.source", "b"], ["--data.source", "--data.shards"]),
         (["--run.name", "a/b"], ["--run.name", "a/b"]),
+        (["--run.name", "a,b"], ["--run.name", "a,b"]),
+        (["--search.beam-size", "0"], ["--search.beam-size", "0", "at least"]),
+        (
+            ["--search.min-length", "9", "--search.max-length", "8"],
+            ["--search.min-length", "9", "give 0 to"],
+        ),
+        (["--search.min-length", "-1"], ["--search.min-length", "-1"]),
+        (["--search.no-repeat-ngram-size", "-1"], ["--search.no-repeat-ngram-size", "-1"]),
+        (["--search.temperature", "1e-40"], ["--search.temperature", "1e-40", "1e-06"]),
+        (["--search.temperature", "nan"], ["--search.temperature", "nan"]),
+        (["--search.top-p", "0"], ["--search.top-p", "0", "1e-06"]),
         (["--train.min-workers", "3"], ["--train.min-workers", "3"]),
         (["--train.checkpoint-seconds", "0"], ["--train.checkpoint-seconds", "above"]),
         (["cocoo"], ["cocoo", "coco"]),
@@ -74,6 +86,7 @@ def test_json_brings_back_the_same_configuration(preset):
         ({"data": {"zzz": 1}}, r"data.zzz.*valid: shards, source"),
         ({"train": {"epochs": "x"}}, r"train.epochs = 'x'.*integer"),
         ({"train": {"batch_size": -1}}, r"--train.batch-size is -1"),
+        ({"search": {"min_length": 30}}, r"--search.min-length is 30"),
     ],
 )
 def test_a_saved_file_with_unknown_or_bad_keys_is_refused(values, message):
@@ -93,6 +106,44 @@ def test_every_field_has_a_docstring():
                         after.value, ast.Constant
                     )
                     assert documented, f"{node.name}.{here.target.id} has no docstring"
+
+
+def test_overrides_of_the_search_are_its_settings_and_mean_the_same():
+    import ast
+    import inspect
+
+    def documented(kind):
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+        return {
+            field.target.id: after.value.value
+            for field, after in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign)
+        }
+
+    assert documented(config.SearchOverrides) == documented(config.SearchConfig)
+    assert set(dataclasses.asdict(config.SearchOverrides()).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {}),
+        ({"beam_size": 7, "top_p": 0.5}, {"beam_size": 7, "top_p": 0.5}),
+        ({"temperature": 0.0}, {"temperature": 0.0}),  # not the same as None
+        ({"max_length": 3}, {"max_length": 3, "min_length": 3}),
+        ({"min_length": 30}, {"max_length": 30, "min_length": 30}),
+        ({"min_length": 0}, {"min_length": 0}),
+    ],
+)
+def test_a_search_is_changed_as_asked_and_what_was_not_asked_for_gives_way(asked, expected):
+    default = config.SearchConfig(min_length=5, max_length=20, temperature=0.7)
+    changed = config.SearchOverrides(**asked).apply(default)
+    assert changed == dataclasses.replace(default, **expected)
+
+
+def test_an_impossible_change_of_the_search_is_refused():
+    with pytest.raises(ValueError, match="--search.min-length is 5: .*--search.max-length, 4"):
+        config.SearchOverrides(min_length=5, max_length=4).apply(config.SearchConfig())
 
 
 def test_the_environment_moves_the_default_storage(monkeypatch):

@@ -48,9 +48,10 @@ def test_floors(path):
     assert not _uses(path, "jobs")
     if name not in RAY:
         assert not _uses(path, "ray")
-    if name in ("config.py", "storage.py"):
-        others = {n for n in _imports(path) if n.startswith("caption_ray")}
-        assert not others
+    if name in ("config.py", "storage.py", "backends.py"):
+        others = {n for n in _imports(path) if n.startswith("caption_ray.")}
+        assert name == "storage.py" or not others
+        assert all(n.startswith("caption_ray.backends") for n in others)
     if name.startswith("model/"):
         for above in ("data", "storage", "training", "evaluation", "serving"):
             assert not _uses(path, f"caption_ray.{above}")
@@ -59,6 +60,8 @@ def test_floors(path):
             assert not _uses(path, f"caption_ray.{above}")
         if name not in ("data/ingest.py", "data/pipeline.py", "data/sources.py"):
             assert not _uses(path, "caption_ray.storage")
+    if name != "storage.py":
+        assert not _uses(path, "caption_ray.backends")
     if name == "training/loop.py":
         assert not _uses(path, "caption_ray.storage")
 

@@ -125,3 +125,21 @@ def test_passing_server_errors_are_retried_and_lasting_ones_reported(web, tmp_pa
     web.handler.failures = 1000
     with pytest.raises(storage.StorageError, match=r"/file: .*503.*tried 6 times"):
         storage.read_bytes(uri)
+
+
+def test_redirects_of_web_servers_are_followed(web, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "index.html").write_bytes(b"moved here")
+    # the server answers 301 to a folder without a slash
+    assert storage.read_bytes(f"{web.address}/folder") == b"moved here"
+
+
+def test_what_killed_writers_left_is_removed_where_asked_and_nowhere_else(tmp_path):
+    whole = [tmp_path / "a" / "b" / "x.json", tmp_path / "a" / "y.part"]
+    mine = [tmp_path / "a" / "b" / ".x.json.1.part", tmp_path / ".a.2.part"]
+    others = [tmp_path / ".ab.3.part", tmp_path / "c" / ".x.json.4.part"]
+    for path in (*whole, *mine, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    storage.delete_partial(str(tmp_path / "a"))
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == {*whole, *others}

@@ -20,6 +20,10 @@ KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "
 """Karpathy's names -> ours; his `restval` is trained on, as everybody does."""
 
 
+LONGEST_NAME = 255
+"""Bytes of a file's name, on every file system in use."""
+
+
 @dataclass(frozen=True)
 class CocoImage:
     """One picture with what people said of it and, if known, what it shows."""
@@ -101,9 +105,13 @@ def _index(path: Path, dataset: Any, fields: Mapping[str, type]) -> COCO:
     for i, image in enumerate(_entries(path, dataset, "images")):
         where = f"{path.name}: images[{i}]"
         _check(where, image, {"id": int, "file_name": str})
+        if not _is_inside(image["file_name"]):
+            raise ValueError(
+                f"{where}: file_name {image['file_name']!r:.200} is no path below the pictures"
+            )
         for side in ("width", "height"):
             if image.get(side) is not None:
-                _check(where, image, {side: int})
+                _check(where, image, {side: int}, bits=32)
         if image["id"] in seen:
             raise ValueError(f"{where}: id {image['id']} ({image['file_name']}) is there twice")
         seen.add(image["id"])
@@ -177,8 +185,27 @@ def _entries(path: Path, dataset: Any, key: str) -> Iterable[Any]:
     return entries
 
 
-def _check(where: str, entry: Any, fields: Mapping[str, type]) -> None:
-    """Raise ValueError unless the entry is an object with these fields of these types."""
+def _is_inside(file_name: str) -> bool:
+    """Whether this can only be a file below the folder that it is joined to."""
+    parts = file_name.replace("\\", "/").split("/")
+    is_short = all(len(part.encode()) <= LONGEST_NAME for part in parts)
+    return is_short and "\0" not in file_name and not {"", ".", ".."} & set(parts)
+
+
+def _is_utf8(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check(where: str, entry: Any, fields: Mapping[str, type], bits: int = 64) -> None:
+    """Raise ValueError unless the entry is an object with these fields of these types.
+
+    Numbers must fit in so many bits, and text in UTF-8, so that shards can hold them.
+    """
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {entry!r:.80}, not an object")
     for name, kind in fields.items():
@@ -186,3 +213,7 @@ def _check(where: str, entry: Any, fields: Mapping[str, type]) -> None:
             raise ValueError(f"{where} has no {name!r}: {entry!r:.200}")
         if type(entry[name]) is not kind:
             raise ValueError(f"{where}: {name} is {entry[name]!r:.80}, not of type {kind.__name__}")
+        if kind is int and not -(2 ** (bits - 1)) <= entry[name] < 2 ** (bits - 1):
+            raise ValueError(f"{where}: {name} is {entry[name]!r:.80}, beyond {bits} bits")
+        if kind is str and not _is_utf8(entry[name]):
+            raise ValueError(f"{where}: {name} is {entry[name]!r:.80}, which is not Unicode text")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -31,6 +32,8 @@ from caption_ray.data.tokenizer import tokenize
 
 RECEIPTS = ".receipts"
 """Folder of the receipts of an unfinished ingest, below its output."""
+
+SHARD_NAME = re.compile(r"\d+-of-\d+\.parquet")
 
 IMAGES_PER_SHARD = 500
 """Default size of a shard: 10 MB of shrunk COCO, one request of object storage."""
@@ -77,8 +80,10 @@ def ingest(
                 f"--out {out}: holds another data set (from {finished.source}, image size "
                 f"{finished.image_size}); choose an empty folder or delete that one"
             )
+        _tidy(out, finished)
         return finished
 
+    _remove_unfinished(out, splits=tuple(found), plan=plan)
     receipts = _write_shards(pieces, out, plan, image_size, progress)
     word_counts: Counter[str] = Counter()
     left_out = [LeftOut(split, *entry) for split, content in found.items()
@@ -104,8 +109,32 @@ def ingest(
         left_out=sorted(left_out, key=dataclasses.astuple),
     )
     storage.write_bytes(storage.join(out, INDEX_FILE), index.to_json().encode())
-    storage.delete(storage.join(out, RECEIPTS))
+    _tidy(out, index)
     return index
+
+
+def _remove_unfinished(out: str, *, splits: tuple[str, ...], plan: str) -> None:
+    """Remove what an ingest left that was killed, but for finished shards of the same plan.
+
+    Receipts of another plan vouch for shards that this one is about to replace.
+    """
+    for place in (*splits, RECEIPTS, INDEX_FILE):
+        storage.delete_partial(storage.join(out, place))
+    for other in storage.list_folders(storage.join(out, RECEIPTS)):
+        if other != plan:
+            storage.delete(storage.join(out, RECEIPTS, other))
+
+
+def _tidy(out: str, index: Index) -> None:
+    """Remove the receipts of a finished ingest, and shards of another plan that never was."""
+    listed = {shard.file for split in index.splits for shard in index.shards(split)}
+    for split in index.splits:
+        for file in storage.list_files(storage.join(out, split)):
+            name = f"{split}/{storage.name(file)}"
+            if SHARD_NAME.fullmatch(storage.name(file)) and name not in listed:
+                storage.delete(file)
+    if storage.list_files(storage.join(out, RECEIPTS)):
+        storage.delete(storage.join(out, RECEIPTS))
 
 
 def read_index(uri: str) -> Index:
@@ -190,7 +219,10 @@ def _write_shards(
         while waiting:
             (task,), _ = ray.wait(list(waiting), num_returns=1)
             split, number = waiting.pop(task)
-            receipts[split][number] = ray.get(task)
+            try:
+                receipts[split][number] = ray.get(task)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None  # the reason, without the stack of the worker
             bar.update(len(pieces[split][number]))
     return {split: [r for r in done if r is not None] for split, done in receipts.items()}
 
@@ -200,12 +232,9 @@ def _write_shards(
 def _write_shard(
     records: list[Record], split: str, out: str, file: str, receipt_uri: str, image_size: int | None
 ) -> Receipt:
-    try:
-        values = json.loads(storage.read_bytes(receipt_uri))
-        return from_dict(Receipt, values, receipt_uri)
-    except FileNotFoundError:
-        pass  # not written yet
-
+    done = _read_receipt(receipt_uri, out)
+    if done is not None:
+        return done
     with ThreadPoolExecutor(READ_THREADS) as threads:
         results = list(threads.map(lambda record: to_row(record, image_size), records))
     rows = [row for row in results if row["error"] is None]
@@ -220,6 +249,18 @@ def _write_shard(
         Shard(file, len(rows), len(data), storage.digest(data)), left_out, dict(counts)
     )
     storage.write_bytes(receipt_uri, json.dumps(dataclasses.asdict(receipt)).encode())
+    return receipt
+
+
+def _read_receipt(uri: str, out: str) -> Receipt | None:
+    """The receipt, if it is there and its shard, too."""
+    try:
+        receipt = from_dict(Receipt, json.loads(storage.read_bytes(uri)), uri)
+        shard = receipt.shard
+        if shard.rows and storage.size(storage.join(out, shard.file)) != shard.bytes:
+            return None
+    except (FileNotFoundError, ValueError):
+        return None
     return receipt
 
 

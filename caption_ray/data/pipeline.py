@@ -54,13 +54,13 @@ class ShardFile:
         return self.shard.rows
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows, verified against the index; StorageError naming the shard if they differ."""
-        data = storage.read_bytes(self.uri)
-        if len(data) != self.shard.bytes or storage.digest(data) != self.shard.digest:
-            raise storage.StorageError(
-                f"{self.uri}: {len(data)} bytes that are not what the index names "
-                f"({self.shard.bytes} bytes, SHA-256 {self.shard.digest[:12]}...); ingest again"
-            )
+        """All rows, verified against the index; DamagedError naming the shard if they differ."""
+        try:
+            data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
+        except storage.DamagedError as error:
+            raise storage.DamagedError(
+                f"{error}: not what the index names; ingest again into an empty folder"
+            ) from None
         rows: list[dict[str, Any]] = shards.from_bytes(data).to_pylist()
         return rows
 

@@ -5,16 +5,20 @@ A zip is never unpacked: its directory is read once, and each picture is then on
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from caption_ray import storage
 from caption_ray.data import coco
+
+T = TypeVar("T")
 
 SPLITS = ("train", "val")
 """COCO's splits that have captions."""
@@ -24,6 +28,15 @@ YEARS = ("2017", "2014", "")
 
 MAX_PICTURE_BYTES = 64 << 20
 """A zip entry that claims to unpack to more than this is refused."""
+
+
+MAX_ANNOTATION_BYTES = 2 << 30
+"""An annotation file in a zip that claims to unpack to more than this is refused: four times the
+largest of COCO."""
+
+
+_HEADER, _SLACK = 30, 64
+"""Bytes of the fixed part of an entry's local header, and of the room left for its extra field."""
 
 
 class PictureError(Exception):
@@ -74,22 +87,30 @@ def read_picture(location: Location | None) -> bytes:
         if location.offset is None:
             return storage.read_bytes(location.uri)
         return _read_entry(location, location.offset)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise PictureError("missing") from None
+    except storage.DamagedError as error:
+        raise PictureError(f"corrupt: {error}") from None
 
 
 def _read_entry(location: Location, offset: int) -> bytes:
-    if location.picture_bytes > MAX_PICTURE_BYTES:
+    if max(location.picture_bytes, location.stored_bytes) > MAX_PICTURE_BYTES:
         raise PictureError(f"corrupt: claims to unpack to {location.picture_bytes} bytes")
+    # what was damaged on its way is read again before it counts as corrupt
+    return storage.retry_damaged(location.uri, lambda: _unpack(location, offset))
+
+
+def _unpack(location: Location, offset: int) -> bytes:
     # one request for the local header and the data: the header's extra field is usually empty, and
     # the zip's directory (68 bytes at least) always follows, so that the slack never overruns
-    fixed, slack = 30, 64
     block = storage.read_range(
-        location.uri, offset, fixed + location.name_bytes + location.stored_bytes + slack
+        location.uri, offset, _HEADER + location.name_bytes + location.stored_bytes + _SLACK
     )
     if block[:4] != b"PK\x03\x04":
-        raise PictureError("corrupt: no zip entry where the directory says")
-    start = fixed + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
+        raise storage.DamagedError("no zip entry where the directory says")
+    start = (
+        _HEADER + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
+    )
     data = block[start : start + location.stored_bytes]
     if len(data) < location.stored_bytes:
         data = storage.read_range(location.uri, offset + start, location.stored_bytes)
@@ -97,11 +118,11 @@ def _read_entry(location: Location, offset: int) -> bytes:
         try:
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, location.picture_bytes + 1)
         except zlib.error as error:
-            raise PictureError(f"corrupt: {error}") from None
+            raise storage.DamagedError(str(error)) from None
     elif location.method != zipfile.ZIP_STORED:
         raise PictureError(f"corrupt: zip compression method {location.method}")
     if len(data) != location.picture_bytes or zlib.crc32(data) != location.crc:
-        raise PictureError("corrupt: bad CRC in the zip")
+        raise storage.DamagedError("bad CRC in the zip")
     return data
 
 
@@ -159,11 +180,8 @@ def _annotation_files(
         ]
         for archive in (storage.join(source, name) for name in archives):
             if storage.exists(archive):
-                with _open_zip(archive) as entries:
-                    members = {storage.name(member): member for member in entries.namelist()}
-                    for name, copy in zip(names, copies, strict=True):
-                        if name in members:
-                            copy.write_bytes(entries.read(members[name]))
+                for name, copy in zip(names, copies, strict=True):
+                    _extract(archive, name, copy)
                 break
         else:
             for name, copy in zip(names, copies, strict=True):
@@ -178,12 +196,70 @@ def _annotation_files(
             yield None
 
 
+def _extract(uri: str, name: str, copy: Path) -> None:
+    """Copy the zip's file of that name, in whichever of its folders, if it has one."""
+    entries = [e for e in _zip_entries(uri) if storage.name(e.filename) == name]
+    if not entries:
+        return
+    if entries[0].file_size > MAX_ANNOTATION_BYTES:
+        raise ValueError(
+            f"{uri}: {name} claims to unpack to {entries[0].file_size} bytes, more than "
+            f"{MAX_ANNOTATION_BYTES}: no annotations are that large; unpack it yourself"
+        )
+
+    def extract() -> None:
+        with _open_zip(uri) as archive, archive.open(entries[0]) as packed, copy.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+
+    _retried(uri, extract)
+
+
+def _zip_entries(uri: str) -> list[zipfile.ZipInfo]:
+    """The directory of the zip."""
+
+    def read() -> list[zipfile.ZipInfo]:
+        with _open_zip(uri) as archive:
+            return archive.infolist()
+
+    def known(entries: list[zipfile.ZipInfo]) -> list[tuple[Any, ...]]:
+        return [(e.filename, e.header_offset, e.file_size, e.CRC) for e in entries]
+
+    def read_twice() -> list[zipfile.ZipInfo]:
+        # a zip guards its entries with a CRC, its directory with nothing
+        first, second = read(), read()
+        if known(first) != known(second):
+            raise zipfile.BadZipFile("its directory reads differently each time")
+        return second
+
+    entries = _retried(uri, read if storage.is_local(uri) else read_twice)
+    end = storage.size(uri) - _SLACK
+    for entry in entries:
+        if entry.header_offset + _HEADER + entry.compress_size > end:
+            raise ValueError(
+                f"{uri}: a broken zip ({entry.filename} reaches beyond its end); copy or download "
+                "it again"
+            )
+    return entries
+
+
 @contextmanager
 def _open_zip(uri: str) -> Iterator[zipfile.ZipFile]:
+    with storage.open_seekable(uri) as file, zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def _retried(uri: str, operation: Callable[[], T]) -> T:
+    """`operation` on a zip, again where it finds damage; ValueError naming the zip if it stays."""
+
+    def run() -> T:
+        try:
+            return operation()
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            raise storage.DamagedError(str(error)) from None
+
     try:
-        with storage.open_seekable(uri) as file, zipfile.ZipFile(file) as archive:
-            yield archive
-    except zipfile.BadZipFile as error:
+        return storage.retry_damaged(uri, run)
+    except storage.DamagedError as error:
         raise ValueError(f"{uri}: a broken zip ({error}); copy or download it again") from None
 
 
@@ -205,8 +281,7 @@ def _locate(source: str, folder: str, names: list[str]) -> list[Location | None]
 
 
 def _locate_in_zip(uri: str, folder: str, names: list[str]) -> list[Location | None]:
-    with _open_zip(uri) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
+    entries = {entry.filename: entry for entry in _zip_entries(uri)}
     locations: list[Location | None] = []
     for name in names:
         entry = entries.get(f"{folder}/{name}") or entries.get(name)

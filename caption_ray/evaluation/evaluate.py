@@ -91,18 +91,27 @@ _RESULT = pa.schema(
 )
 
 
-def caption_files(checkpoint: str, images: str, out: str, *, progress: bool = True) -> int:
+def caption_files(
+    checkpoint: str,
+    images: str,
+    out: str,
+    *,
+    search: SearchConfig | None = None,
+    progress: bool = True,
+) -> int:
     """Caption every picture that `images` means: one picture, a folder, a glob or a bucket prefix.
 
     Writes JSON lines to `out`, sorted by file: `file`, `caption` and `log_prob`, or `file` and
-    `error` for a picture that cannot be read. Returns the number of the latter. Raises ValueError
-    if `images` means none.
+    `error` for a picture that cannot be read. `search` is how (default: as the checkpoint says).
+    Returns the number of pictures that cannot be read. Raises ValueError if `images` means none.
     """
     files = find_images(images)
     dataset = ray.data.from_items(
         [{"uri": file} for file in files], override_num_blocks=_num_blocks(len(files))
     ).map_batches(_read_files, batch_size=BATCH_SIZE, batch_format="pyarrow", zero_copy_batch=True)
-    rows = sorted(_caption(dataset, checkpoint, len(files), progress), key=lambda row: row["file"])
+    rows = sorted(
+        _caption(dataset, checkpoint, len(files), progress, search), key=lambda row: row["file"]
+    )
     lines = []
     for row in rows:
         kept = ("file", "error") if row["error"] else ("file", "caption", "log_prob")

@@ -6,18 +6,46 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from caption_ray import storage
+from caption_ray.training.tracking import Cell, Table
 
 LOSS_CURVE = "loss.png"
 
 SHOWN = 6
 """Captions in each part of a report."""
+
+SCORES = ("CIDEr-D", "BLEU-4", "ROUGE-L")
+"""What is shown of each caption."""
+
+Record: TypeAlias = Mapping[str, Any]
+"""Of evaluate.caption_split, with `scores`."""
+
+
+class Curve(NamedTuple):
+    """What is drawn over the steps."""
+
+    axis: str
+    lines: dict[str, tuple[str, str]]
+    """Label and style by the key in the run's history."""
+
+
+CURVES = {
+    "Loss": Curve(
+        "loss (nats per word)",
+        {"train/loss": ("training", "-"), "val/loss": ("validation", "o-")},
+    ),
+    "CIDEr-D": Curve(
+        "CIDEr-D",
+        {"train/reward": ("training, drawn", "-"), "val/CIDEr-D": ("validation", "o-")},
+    ),
+}
+"""By heading."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1a17; --soft: #6b645c; --paper: #faf8f5; --card: #fff;
@@ -44,28 +72,90 @@ img { max-width: 100%; border-radius: 6px; display: block; }
 
 def write_loss_curve(history: Sequence[dict[str, float]], run: str) -> str:
     """Draw training and validation loss over the steps into the run's folder; returns the URI."""
+    uri = storage.join(run, LOSS_CURVE)
+    storage.write_bytes(uri, _draw(history, CURVES["Loss"], storage.name(run)))
+    return uri
+
+
+def curves(history: Sequence[dict[str, float]], run: str) -> dict[str, bytes]:
+    """What of `CURVES` a run's history has points of: PNGs by their headings."""
+    return {
+        heading: _draw(history, curve, run)
+        for heading, curve in CURVES.items()
+        if any(key in record for key in curve.lines for record in history)
+    }
+
+
+def _draw(history: Sequence[dict[str, float]], curve: Curve, title: str) -> bytes:
     import matplotlib
 
     matplotlib.use("Agg")  # no display on a cluster
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for key, label, style in (
-        ("train/loss", "training", "-"),
-        ("val/loss", "validation", "o-"),
-    ):
-        points = [(record["step"], record[key]) for record in history if key in record]
+    for key, (label, style) in curve.lines.items():
+        points = [
+            (record.get("val/step", record["step"]), record[key])
+            for record in history
+            if key in record
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per word)", title=storage.name(run))
+    axes.set(xlabel="step", ylabel=curve.axis, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     pyplot.close(figure)
-    uri = storage.join(run, LOSS_CURVE)
-    storage.write_bytes(uri, picture.getvalue())
-    return uri
+    return picture.getvalue()
+
+
+# What is shown of many captions ---------------------------------------------------------------
+
+
+def best_and_worst(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The captions of highest and of lowest CIDEr-D, the most extreme first."""
+    ranked = _ranked(records)
+    return {"best": ranked[:SHOWN], "worst": ranked[SHOWN:][::-1][:SHOWN]}
+
+
+def attended(records: Sequence[Record]) -> list[Record]:
+    """Captions with attention, from the best by CIDEr-D to the worst in equal steps."""
+    ranked = [record for record in _ranked(records) if record.get("attention") is not None]
+    places = np.linspace(0, len(ranked) - 1, min(SHOWN, len(ranked))).astype(int)
+    return [ranked[place] for place in places]
+
+
+def _ranked(records: Sequence[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: -float(record["scores"]["CIDEr-D"]))
+
+
+def heat_maps(record: Record) -> list[tuple[str, bytes]]:
+    """Each word of a caption with attention, and a JPEG of where it looked."""
+    picture = Image.open(io.BytesIO(record["thumbnail"]))
+    return [
+        (word, _overlaid(picture, weights, record["box"]))
+        for word, weights in zip(record["words"], record["attention"], strict=True)
+    ]
+
+
+def tables(records: Sequence[Record]) -> dict[str, Table]:
+    """The pictures of `page` for a tracker."""
+    captions: list[list[Cell]] = [
+        [which, record.get("thumbnail"), record["caption"], "\n".join(record["references"]),
+         *(float(record["scores"][name]) for name in SCORES), record["file"]]
+        for which, chosen in best_and_worst(records).items()
+        for record in chosen
+    ]  # fmt: skip
+    attention: list[list[Cell]] = [
+        [picture, word, record["caption"], record["file"]]
+        for record in attended(records)
+        for word, picture in heat_maps(record)
+    ]
+    return {
+        "captions": Table(["which", "picture", "caption", "references", *SCORES, "file"], captions),
+        "attention": Table(["looked at", "word", "caption", "file"], attention),
+    }
 
 
 # The report -----------------------------------------------------------------------------------
@@ -75,13 +165,13 @@ def page(
     title: str,
     figures: Mapping[str, float],
     skipped: Mapping[str, str],
-    records: Sequence[Mapping[str, Any]],
-    loss_curve: bytes | None,
+    records: Sequence[Record],
+    curves: Mapping[str, bytes],
 ) -> str:
-    """A self-contained HTML page: metrics, loss curves, the best and the worst captions by CIDEr-D,
-    and for some of them a heat map for each word.
+    """A self-contained HTML page: metrics, curves, the best and the worst captions by CIDEr-D, and
+    for some of them a heat map for each word.
 
-    `records` are those of evaluate.caption_split with their `scores`; `loss_curve` is a PNG.
+    `records` are those of evaluate.caption_split with their `scores`; `curves` are PNGs by heading.
     """
     rows = [
         f"<tr><td>{html.escape(name)}<td class=number>{value:.4g}"
@@ -90,44 +180,39 @@ def page(
         f"<tr><td>{html.escape(name)}<td class=soft>{html.escape(why)}"
         for name, why in skipped.items()
     ]
-    ranked = sorted(records, key=lambda record: -float(record["scores"]["CIDEr-D"]))
-    worst = [record for record in ranked[SHOWN:]][::-1][:SHOWN]
     parts = [f"<h1>{html.escape(title)}</h1>", f"<table>{''.join(rows)}</table>"]
-    if loss_curve is not None:
-        parts += ["<h2>Loss</h2>", _image(loss_curve, "png", "Loss over the steps")]
-    for heading, chosen in (("Best captions", ranked[:SHOWN]), ("Worst captions", worst)):
+    for heading, picture in curves.items():
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        parts.append(_image(picture, "png", f"{heading} over the steps"))
+    for which, chosen in best_and_worst(records).items():
         if chosen:
             cards = "".join(map(_card, chosen))
-            parts += [f"<h2>{heading}, by CIDEr-D</h2>", f"<div class=cards>{cards}</div>"]
-    attended = [record for record in ranked if record.get("attention") is not None]
-    if attended:
-        parts.append("<h2>Where each word looked</h2>")
-        places = np.linspace(0, len(attended) - 1, min(SHOWN, len(attended))).astype(int)
-        parts += [_heat_maps(attended[place]) for place in places]
+            heading = f"{which.capitalize()} captions, by CIDEr-D"
+            parts += [f"<h2>{heading}</h2>", f"<div class=cards>{cards}</div>"]
+    looked = attended(records)
+    if looked:
+        parts += ["<h2>Where each word looked</h2>", *map(_words, looked)]
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     viewport = '<meta name=viewport content="width=device-width">'
     return f"<!doctype html><html lang=en>{head}{viewport}<body>{''.join(parts)}</html>"
 
 
-def _card(record: Mapping[str, Any]) -> str:
+def _card(record: Record) -> str:
     picture = record.get("thumbnail")
     shown = _image(picture, "jpeg", record["caption"]) if picture else ""
     references = "<br>".join(map(html.escape, record["references"]))
-    scores = ", ".join(
-        f"{name} {record['scores'][name]:.2f}" for name in ("CIDEr-D", "BLEU-4", "ROUGE-L")
-    )
+    scores = ", ".join(f"{name} {record['scores'][name]:.2f}" for name in SCORES)
     return (
         f"<div class=card>{shown}<b>{html.escape(record['caption'])}</b>"
         f"<small>{references}<br>{scores}<br>{html.escape(record['file'])}</small></div>"
     )
 
 
-def _heat_maps(record: Mapping[str, Any]) -> str:
-    picture = Image.open(io.BytesIO(record["thumbnail"]))
+def _words(record: Record) -> str:
     maps = "".join(
-        f"<figure>{_image(_overlaid(picture, weights, record['box']), 'jpeg', word)}"
+        f"<figure>{_image(picture, 'jpeg', word)}"
         f"<figcaption>{html.escape(word)}</figcaption></figure>"
-        for word, weights in zip(record["words"], record["attention"], strict=True)
+        for word, picture in heat_maps(record)
     )
     return f"<p><b>{html.escape(record['caption'])}</b></p><div class=words>{maps}</div>"
 

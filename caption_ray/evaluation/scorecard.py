@@ -22,6 +22,7 @@ from caption_ray.data.tokenizer import tokenize
 from caption_ray.evaluation import evaluate, metrics, report
 from caption_ray.evaluation.pointing import Pointing, point
 from caption_ray.training import checkpoint, tracking
+from caption_ray.training.journal import read_history
 
 METRICS_FILE, PER_IMAGE_FILE, REPORT_FILE = "metrics.json", "per_image.jsonl", "report.html"
 
@@ -34,6 +35,8 @@ class Scorecard:
     """By name; metrics of `metrics.score` first."""
     skipped: dict[str, str]
     """Metrics that could not be computed, and why."""
+    tables: dict[str, tracking.Table]
+    """The captions and pictures of the report."""
     out: str
     """URI of the folder with the files."""
 
@@ -46,7 +49,7 @@ def make(
     uri: str,
     dataset: DataSet,
     split: str,
-    out: str,
+    out: str | None = None,
     *,
     name: str = "caption_ray",
     search: SearchConfig | None = None,
@@ -54,7 +57,8 @@ def make(
     limit: int | None = None,
     progress: bool = True,
 ) -> Scorecard:
-    """Caption a split with the checkpoint at `uri` and score it; the files go below `out`.
+    """Caption a split with the checkpoint or ensemble at `uri` and score it; the files go below
+    `out` (default: `folder`).
 
     `search` is how captions are searched for (default: as the checkpoint says). Raises ValueError
     if pictures of the split cannot be read or have no captions to compare with.
@@ -78,9 +82,17 @@ def make(
     for record, values in zip(records, scores.per_image, strict=True):
         record["scores"] = values
     figures = {**scores.corpus, **describe(records, dataset, seconds)}
-    card = Scorecard(figures, scores.skipped, storage.resolve(out))
+    tables = report.tables(records)
+    card = Scorecard(figures, scores.skipped, tables, storage.resolve(out or folder(uri, split)))
     _write(card, records, uri, split, name)
     return card
+
+
+def folder(uri: str, split: str) -> str:
+    """Below the run of the checkpoint; of an ensemble, below its first run, named by all."""
+    first, *others = checkpoint.members(uri)
+    names = "".join(f"+{storage.name(storage.parent(other))}" for other in others)
+    return storage.join(storage.parent(first), "evaluation", f"{split}{names}")
 
 
 def describe(records: list[dict[str, Any]], dataset: DataSet, seconds: float) -> dict[str, float]:
@@ -118,14 +130,13 @@ def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str,
         for record in records
     ]
     document = {"checkpoint": uri, "split": split, **card.figures, "skipped": card.skipped}
-    curve = storage.join(storage.parent(uri), report.LOSS_CURVE)
-    page = report.page(
-        f"{storage.name(storage.parent(uri))}, {storage.name(uri)}, {split}",
-        card.figures,
-        card.skipped,
-        records,
-        storage.read_bytes(curve) if storage.exists(curve) else None,
-    )
+    members = checkpoint.members(uri)
+    names = [f"{storage.name(storage.parent(one))}, {storage.name(one)}" for one in members]
+    curves: dict[str, bytes] = {}
+    for run in dict.fromkeys(storage.parent(one) for one in members):
+        found = report.curves(read_history(run), storage.name(run))
+        curves |= {f"{heading} of {storage.name(run)}": png for heading, png in found.items()}
+    page = report.page(f"{' + '.join(names)}, {split}", card.figures, card.skipped, records, curves)
     for file, text in (
         (f"captions_{split}_{name}_results.json", json.dumps(results, ensure_ascii=False)),
         (PER_IMAGE_FILE, "\n".join(lines) + "\n"),
@@ -136,16 +147,22 @@ def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str,
 
 
 def log(card: Scorecard, uri: str, split: str) -> str | None:
-    """Add the figures to the page of the run that the checkpoint belongs to; its id, None if the
-    run was not followed."""
+    """Add figures, captions and heat maps to the page of the run that the checkpoint belongs to;
+    its id, None if the run was not followed. An ensemble belongs to no run."""
     run = storage.parent(uri)
     config_uri = storage.join(run, checkpoint.CONFIG)
-    state = checkpoint.load(uri).state
-    if state.tracker_id is None or not storage.exists(config_uri):
+    if len(checkpoint.members(uri)) > 1 or not storage.exists(config_uri):
         return None
+    state = checkpoint.load(uri).state
     config = from_dict(Config, json.loads(storage.read_bytes(config_uri)), config_uri)
-    folder = Path(run) if storage.is_local(run) else Path(tempfile.mkdtemp())
-    tracker = tracking.start(config, folder, state.tracker_id)
+    if state.tracker_id is None and config.run.tracker != "tensorboard":
+        return None
+    files = Path(run) if storage.is_local(run) else Path(tempfile.mkdtemp())
+    tracker = tracking.start(config, files, state.tracker_id)
     tracker.log({f"{split}/{name}": value for name, value in card.figures.items()}, state.step)
+    for name, table in card.tables.items():
+        tracker.log_table(f"{split}/{name}", table, state.step)
     tracker.finish()
-    return state.tracker_id
+    if not storage.is_local(run):
+        storage.upload(files, run)
+    return state.tracker_id or run

@@ -6,7 +6,7 @@ Shapes: B images, S height and width in pixels, K captions per image, L caption 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig, ModelConfig
 from caption_ray.model.adaptive import AdaptiveAttentionDecoder
-from caption_ray.model.decoder import END, PAD, START, Decoder, DecoderOutput
+from caption_ray.model.decoder import (
+    END,
+    PAD,
+    START,
+    Decoder,
+    DecoderOutput,
+    DecoderStep,
+    State,
+    StepFn,
+)
 from caption_ray.model.encoder import Encoder, build_encoder
 from caption_ray.model.soft import SoftAttentionDecoder
 from caption_ray.model.transformer import TransformerDecoder
@@ -73,6 +82,21 @@ class Captioner(nn.Module):
         mixed = tokens.clone()
         mixed[..., 1:][mask] = torch.where(replace, drawn, given)
         return mixed
+
+    def begin(
+        self, images: Tensor, k: int, decoder_steps: Mapping[Decoder, DecoderStep]
+    ) -> tuple[StepFn, State]:
+        """What a search starts from: the step function of images, uint8 (B, 3, S, S), and the state
+        of K sequences of each before their first word. `decoder_steps`: as for search.generate."""
+        memory = self.decoder.prepare(self.encoder(images))
+        step = decoder_steps.get(self.decoder, self.decoder.step)
+        state = self.decoder.initial_state(memory, k)
+        return lambda tokens, state: step(tokens, state, memory), state
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the regions that words look at."""
+        return self.encoder.grid
 
     def parameter_groups(
         self, learning_rate: float, encoder_learning_rate: float, weight_decay: float

@@ -8,6 +8,7 @@ V vocabulary, M real target words of the batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -38,6 +39,13 @@ class StepOutput(NamedTuple):
     state: State
     attention: Tensor
     """Weights (B, K, N) that sum to one over the regions."""
+
+
+StepFn: TypeAlias = Callable[[Tensor, State], StepOutput]
+"""From the last words, int64 (B, K), and the state to the next words' logits and the new state."""
+
+DecoderStep: TypeAlias = Callable[[Tensor, State, Memory], StepOutput]
+"""The form of `Decoder.step`."""
 
 
 class DecoderOutput(NamedTuple):

@@ -9,18 +9,17 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from caption_ray.config import SearchConfig
+from caption_ray.config import SMALLEST, SearchConfig
 from caption_ray.model.captioner import Captioner
-from caption_ray.model.decoder import END, PAD, START, Memory, State, StepOutput
-
-StepFn = Callable[[Tensor, State], StepOutput]
-"""From the last words, int64 (B, K), and the state to the next words' logits and the new state."""
+from caption_ray.model.decoder import END, PAD, START, Decoder, DecoderStep, State, StepFn
+from caption_ray.model.ensemble import Ensemble
 
 OnStep = Callable[[Tensor, Tensor], None]
 """Called after each step with int64 tokens (B, T) and (B,): how many of them, from the first, will
@@ -47,6 +46,8 @@ def beam_search(
     max_length: int,
     length_penalty: float,
     num_return: int,
+    min_length: int = 0,
+    no_repeat_ngram_size: int = 0,
     on_step: OnStep | None = None,
 ) -> Hypotheses:
     """The captions of highest log-probability / length ** length_penalty that K beams find.
@@ -54,7 +55,8 @@ def beam_search(
     `state` is the initial state of K beams per image. At each step the K best continuations of an
     image's beams are kept; those that end, and all at max_length, leave the beams and are compared
     with the captions that ended before. The search stops when no beam can win any more, so that
-    stopping early changes nothing. One beam is greedy search.
+    stopping early changes nothing. One beam is greedy search. `_allowed` explains `min_length` and
+    `no_repeat_ngram_size`.
 
     Raises ValueError unless 1 <= num_return <= K.
     """
@@ -66,7 +68,7 @@ def beam_search(
         )
     device = state[0].device
     image = torch.arange(batch, device=device).unsqueeze(1)  # (B, 1)
-    tokens = torch.full((batch, beams), START, device=device)
+    said = torch.full((batch, beams, 1), START, device=device)  # (B, K, T), START included
     # Log-probabilities of the beams, -inf for none: they all start alike, so the first will do.
     live = torch.full((batch, beams), -torch.inf, device=device)
     live[:, 0] = 0.0
@@ -74,10 +76,12 @@ def beam_search(
     trace: list[_Step] = []
 
     for length in range(1, max_length + 1):
-        logits, state, attention = step(tokens, state)
-        continued = live.unsqueeze(-1) + _log_probs(logits)  # (B, K, V)
+        logits, state, attention = step(said[..., -1], state)
+        allowed = _allowed(_log_probs(logits), said, min_length, no_repeat_ngram_size)
+        continued = live.unsqueeze(-1) + allowed  # (B, K, V)
         log_probs, index = continued.flatten(1).topk(beams)
         parent, tokens = index // logits.shape[-1], index % logits.shape[-1]  # (B, K)
+        said = torch.cat([said[image, parent], tokens.unsqueeze(-1)], dim=-1)
         state = tuple(tensor[image, parent] for tensor in state)
 
         ended = tokens == END if length < max_length else torch.ones_like(tokens, dtype=torch.bool)
@@ -95,10 +99,20 @@ def beam_search(
 
 
 def greedy(
-    step: StepFn, state: State, *, max_length: int, on_step: OnStep | None = None
+    step: StepFn,
+    state: State,
+    *,
+    max_length: int,
+    min_length: int = 0,
+    no_repeat_ngram_size: int = 0,
+    on_step: OnStep | None = None,
 ) -> Hypotheses:
     """The likeliest word at each step; `state` is the initial state of one sequence per image."""
-    return _follow(step, state, lambda log_probs: log_probs.argmax(dim=-1), max_length, on_step)
+
+    def choose(log_probs: Tensor, said: Tensor) -> Tensor:
+        return _allowed(log_probs, said, min_length, no_repeat_ngram_size).argmax(dim=-1)
+
+    return _follow(step, state, choose, max_length, on_step)
 
 
 def sample(
@@ -109,6 +123,8 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_length: int = 0,
+    no_repeat_ngram_size: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     on_step: OnStep | None = None,
 ) -> Hypotheses:
@@ -122,14 +138,17 @@ def sample(
 
     Raises ValueError for a temperature or top_p that no distribution has.
     """
-    if temperature <= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+    is_possible = SMALLEST <= temperature < math.inf and SMALLEST <= top_p <= 1
+    if not is_possible or (top_k is not None and top_k < 1):
         raise ValueError(
             f"cannot sample with temperature {temperature}, top_k {top_k}, top_p {top_p}: give a "
-            "temperature above 0, a top_k of at least 1 or None, and a top_p in (0, 1]"
+            f"temperature of at least {SMALLEST}, a top_k of at least 1 or None, and a top_p from "
+            f"{SMALLEST} to 1"
         )
 
-    def draw(log_probs: Tensor) -> Tensor:
-        logits = log_probs / temperature  # (B, K, V)
+    def draw(log_probs: Tensor, said: Tensor) -> Tensor:
+        allowed = _allowed(log_probs, said, min_length, no_repeat_ngram_size)
+        logits = allowed / temperature  # (B, K, V)
         if top_k is not None and top_k < logits.shape[-1]:
             least = logits.topk(top_k).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -161,83 +180,81 @@ def _uniform(
 
 @torch.inference_mode()
 def generate(
-    captioner: Captioner,
+    captioner: Captioner | Ensemble,
     images: Tensor,
     search: SearchConfig,
     num_return: int,
     seeds: Sequence[int] | None = None,
     on_step: OnStep | None = None,
-    decoder_step: Callable[[Tensor, State, Memory], StepOutput] | None = None,
+    decoder_steps: Mapping[Decoder, DecoderStep] | None = None,
 ) -> Hypotheses:
     """The `num_return` best captions that `search` finds for images, uint8 (B, 3, S, S).
 
     With a temperature, that many captions are drawn; an image's depend on its seed (default 0) and
-    on nothing else in the batch. `decoder_step` is the decoder's `step` in another form, compiled
-    for example.
+    on nothing else in the batch. `decoder_steps` has decoders' `step` in another form, compiled for
+    example.
 
     Raises ValueError if more captions are asked for than there are beams, and for a captioner in
     training mode, whose dropout would spoil them.
     """
     if captioner.training:
         raise ValueError("call captioner.eval() before generating captions")
-    decoder = captioner.decoder
-    memory = decoder.prepare(captioner.encoder(images))
-
-    def step(tokens: Tensor, state: State) -> StepOutput:
-        return (decoder_step or decoder.step)(tokens, state, memory)
-
-    if search.temperature > 0:
+    is_drawn = search.temperature > 0
+    step, state = captioner.begin(
+        images, num_return if is_drawn else search.beam_size, decoder_steps or {}
+    )
+    limits: dict[str, Any] = {
+        "max_length": search.max_length,
+        "min_length": search.min_length,
+        "no_repeat_ngram_size": search.no_repeat_ngram_size,
+        "on_step": on_step,
+    }
+    if is_drawn:
         return sample(
             step,
-            decoder.initial_state(memory, num_return),
-            max_length=search.max_length,
+            state,
             temperature=search.temperature,
             top_k=search.top_k,
             top_p=search.top_p,
             generator=[torch.Generator().manual_seed(s) for s in seeds or [0] * len(images)],
-            on_step=on_step,
+            **limits,
         )
-    state = decoder.initial_state(memory, search.beam_size)
     if search.beam_size == 1 and num_return == 1:
-        return greedy(step, state, max_length=search.max_length, on_step=on_step)
+        return greedy(step, state, **limits)
     return beam_search(
-        step,
-        state,
-        max_length=search.max_length,
-        length_penalty=search.length_penalty,
-        num_return=num_return,
-        on_step=on_step,
+        step, state, length_penalty=search.length_penalty, num_return=num_return, **limits
     )
 
 
 def _follow(
     step: StepFn,
     state: State,
-    choose: Callable[[Tensor], Tensor],
+    choose: Callable[[Tensor, Tensor], Tensor],
     max_length: int,
     on_step: OnStep | None,
 ) -> Hypotheses:
-    """Extend K sequences, each on its own, by the words that `choose` takes of (B, K, V)."""
-    tokens = torch.full(state[0].shape[:2], START, device=state[0].device)  # (B, K)
-    ended = torch.zeros_like(tokens, dtype=torch.bool)
-    total = torch.zeros(tokens.shape, device=tokens.device)
-    words, attentions = [], []
+    """Extend K sequences, each on its own, by the words that `choose` takes of log-probabilities
+    (B, K, V) and what was said, (B, K, T)."""
+    said = torch.full((*state[0].shape[:2], 1), START, device=state[0].device)
+    ended = torch.zeros_like(said[..., 0], dtype=torch.bool)  # (B, K)
+    total = torch.zeros(ended.shape, device=ended.device)
+    attentions = []
     for _ in range(max_length):
-        logits, state, attention = step(tokens, state)
+        logits, state, attention = step(said[..., -1], state)
         log_probs = _log_probs(logits)
-        tokens = choose(log_probs).masked_fill(ended, PAD)
+        tokens = choose(log_probs, said).masked_fill(ended, PAD)
         gained = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         total = total + gained.masked_fill(ended, 0.0)
-        words.append(tokens)
+        said = torch.cat([said, tokens.unsqueeze(-1)], dim=-1)
         attentions.append(attention.masked_fill(ended.unsqueeze(-1), 0.0))
         ended = ended | (tokens == END)
         if on_step is not None:
-            on_step(*_common_beginning(torch.stack(words, dim=-1)))
+            on_step(*_common_beginning(said[..., 1:]))
         if bool(ended.all()):
             break
     total, order = total.sort(dim=1, descending=True)
     image = torch.arange(len(order), device=order.device).unsqueeze(1)
-    found = torch.stack(words, dim=-1)[image, order]  # (B, K, T)
+    found = said[..., 1:][image, order]  # (B, K, T)
     attention = torch.stack(attentions, dim=2)[image, order]  # (B, K, T, N)
     return Hypotheses(found, total, (found != PAD).sum(dim=-1), attention)
 
@@ -248,6 +265,31 @@ def _log_probs(logits: Tensor) -> Tensor:
     for never in (PAD, START):
         log_probs[..., never] = -torch.inf
     return log_probs
+
+
+def _allowed(log_probs: Tensor, said: Tensor, min_length: int, no_repeat_ngram_size: int) -> Tensor:
+    """The log-probabilities (B, K, V) of the words that may follow what was `said`, int64
+    (B, K, T) with START; -inf for the others.
+
+    A caption may not end before it has `min_length` words, nor may `no_repeat_ngram_size` words in
+    a row be said again (0: they may; Paulus et al., 1705.04304, section 2.5). Where that leaves no
+    word at all, the caption may end after all.
+    """
+    size, length = no_repeat_ngram_size, said.shape[-1]
+    if min_length == 0 and size == 0:
+        return log_probs
+    allowed = log_probs.clone()
+    if length - 1 < min_length:
+        allowed[..., END] = -torch.inf
+    if 0 < size <= length:
+        ngrams = said.unfold(-1, size, 1)  # (B, K, T - size + 1, size)
+        newest = said[..., length - size + 1 :].unsqueeze(-2)  # (B, K, 1, size - 1)
+        again = (ngrams[..., :-1] == newest).all(dim=-1)
+        # PAD is never said anyway
+        allowed.scatter_(-1, ngrams[..., -1].masked_fill(~again, PAD), -torch.inf)
+    none_left = allowed.isneginf().all(dim=-1)
+    allowed[..., END] = torch.where(none_left, log_probs[..., END], allowed[..., END])
+    return allowed
 
 
 class _Step(NamedTuple):

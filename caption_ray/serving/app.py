@@ -48,7 +48,8 @@ class Arguments(Strict):
         validate_default=True,
     )
     """`latest` or `best` of the run in `storage` that was written to last, or the URI of a
-    checkpoint or run (default: $CAPTION_RAY_CHECKPOINT, else latest)."""
+    checkpoint or run; several URIs, separated by commas, caption together (default:
+    $CAPTION_RAY_CHECKPOINT, else latest)."""
 
     storage: str = Field(default_factory=default_storage, min_length=1, validate_default=True)
     """URI of the folder that holds all runs, or of one run (default: $CAPTION_RAY_STORAGE, else

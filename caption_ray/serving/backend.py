@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from caption_ray.config import SearchConfig
+from caption_ray.config import SearchConfig, SearchOverrides
 from caption_ray.serving.predictor import Caption
 
 MAX_BEAMS = 10
@@ -24,25 +24,17 @@ class UnavailableError(Exception):
 
 
 @dataclass(frozen=True)
-class Options:
-    """How one request wants its captions; None: as the checkpoint says."""
+class Options(SearchOverrides):
+    """How one request wants its captions."""
 
     num_return: int = 1
-    beam_size: int | None = None
-    max_length: int | None = None
-    length_penalty: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
     seed: int = 0
     attention: bool = False
     """Whether the captions should come with their attention."""
 
     def search(self, default: SearchConfig) -> SearchConfig:
         """The checkpoint's search, changed as asked for; wide enough for `num_return`."""
-        names = ("beam_size", "max_length", "length_penalty", "temperature", "top_k", "top_p")
-        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        search = dataclasses.replace(default, **asked)
+        search = self.apply(default)
         return dataclasses.replace(search, beam_size=max(search.beam_size, self.num_return))
 
 

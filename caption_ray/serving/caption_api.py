@@ -19,14 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from caption_ray import storage
+from caption_ray.config import SMALLEST
 from caption_ray.serving.backend import MAX_BEAMS, MAX_LENGTH, MAX_RETURN, Answer, Options
 from caption_ray.serving.errors import Refusal, Strict, documented, explain, read_json
 from caption_ray.serving.service import MAX_PICTURES, Service, first_of, unforeseen
 
 MAX_SEED = 2**63 - 1
-
-SMALLEST = 1e-6
-"""Least temperature and top_p: far below, they are zero in float32 and there is nothing to draw."""
 
 
 class Generation(Strict):
@@ -40,6 +39,12 @@ class Generation(Strict):
 
     max_new_tokens: int | None = Field(default=None, ge=1, le=MAX_LENGTH)
     """Most words in a caption."""
+
+    min_new_tokens: int | None = Field(default=None, ge=0, le=MAX_LENGTH)
+    """Fewest words before a caption may end."""
+
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0, le=MAX_LENGTH)
+    """No so many words in a row are said twice in a caption; 0: they may be."""
 
     length_penalty: float | None = Field(default=None, ge=0, le=5)
     """Captions are ranked by log-probability / length ** length_penalty."""
@@ -71,6 +76,12 @@ class Generation(Strict):
                     f"num_beams is {self.num_beams}, num_return_sequences "
                     f"{self.num_return_sequences}: there are no more captions than beams"
                 )
+        most = self.max_new_tokens
+        if most is not None and (self.min_new_tokens or 0) > most:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, max_new_tokens {most}: no caption has "
+                "more words than the most"
+            )
         if self.samples and (self.num_beams or 1) > 1:
             raise ValueError(f"num_beams is {self.num_beams}: words are either drawn or searched")
         return self
@@ -100,6 +111,8 @@ class Parameters(Generation):
             num_return=self.num_return_sequences,
             beam_size=self.num_beams,
             max_length=self.max_new_tokens,
+            min_length=self.min_new_tokens,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
             length_penalty=self.length_penalty,
             temperature=0.0 if self.do_sample is False else temperature,
             top_k=self.top_k,
@@ -236,7 +249,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
                 for task in tasks:  # one is refused, or the client has gone: none need go on
                     task.cancel()
         headers = {
-            "X-Checkpoint": answers[0].checkpoint.rsplit("/", 1)[-1],
+            "X-Checkpoint": ",".join(map(storage.name, answers[0].checkpoint.split(","))),
             "X-Batch-Size": str(max(answer.batch_size for answer in answers)),
         }
         return JSONResponse(_content(answers, job), headers=headers)

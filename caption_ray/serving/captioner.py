@@ -43,14 +43,15 @@ class Serving(BaseModel):
 
     checkpoint: str = Field(min_length=1)
     """`latest` or `best` of the run in `storage` that was written to last, or the URI of a
-    checkpoint or run."""
+    checkpoint or run; several URIs, separated by commas, caption together."""
 
     storage: str = Field(min_length=1)
     """URI of the folder that holds all runs, or of one run."""
 
     follow_interval_s: float | None = Field(gt=0)
     """Seconds between looks for a newer checkpoint, which then takes the place of the one that is
-    served; null: only when this setting changes. A checkpoint's own URI never gets newer."""
+    served; null: only when this setting changes. A checkpoint's own URI never gets newer; of runs
+    that caption together, a newer checkpoint of any is enough."""
 
     def find(self) -> str:
         """The checkpoint that is meant now. Raises CheckpointError if there is none."""
@@ -224,7 +225,7 @@ class Captioner:
         self.batch_seconds.observe(time.perf_counter() - start)
         self.batch_sizes.observe(len(items))
         self.waiting.set(self.batcher.num_waiting)
-        rows, columns = predictor.captioner.encoder.grid
+        rows, columns = predictor.captioner.grid
         return [
             Answer(
                 captions if item.options.attention else [_without_attention(c) for c in captions],
@@ -318,23 +319,31 @@ class Captioner:
 
 def describe(predictor: Predictor, refused: dict[str, str] | None) -> dict[str, Any]:
     """What `/info` says of a predictor; `refused` is what was last not taken into service."""
-    state, model = predictor.state, predictor.model_config
+    models = [member.model for member in predictor.members]
+    checkpoints: list[dict[str, Any]] = [
+        {
+            "uri": member.uri,
+            "step": member.state.step,
+            "epoch": member.state.epoch,
+            "metrics": member.state.metrics,
+        }
+        for member in predictor.members
+    ]
+    if len(checkpoints) == 1:
+        (served,) = checkpoints
+    else:
+        served = {"uri": predictor.uri, "step": None, "epoch": None, "metrics": {}}
+        served["members"] = checkpoints
     return {
         "model": {
-            "encoder": model.encoder.name,
-            "decoder": model.decoder.name,
-            "image_size": model.encoder.image_size,
+            "encoder": ", ".join(model.encoder.name for model in models),
+            "decoder": ", ".join(model.decoder.name for model in models),
+            "image_size": predictor.encoder_config.image_size,
             "vocabulary": len(predictor.vocabulary),
             "parameters": sum(p.numel() for p in predictor.captioner.parameters()),
             "device": str(predictor.device),
         },
-        "checkpoint": {
-            "uri": predictor.uri,
-            "step": state.step,
-            "epoch": state.epoch,
-            "metrics": state.metrics,
-            "refused": refused,
-        },
+        "checkpoint": {**served, "refused": refused},
         "search": dataclasses.asdict(predictor.search),
     }
 

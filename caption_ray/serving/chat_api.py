@@ -14,8 +14,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from caption_ray.config import SMALLEST
 from caption_ray.serving.backend import MAX_LENGTH, MAX_RETURN, Answer, Options
-from caption_ray.serving.caption_api import MAX_SEED, NO_CACHE, SMALLEST, decode_base64
+from caption_ray.serving.caption_api import MAX_SEED, NO_CACHE, decode_base64
 from caption_ray.serving.errors import Refusal, Strict, documented, read_json
 from caption_ray.serving.fetch import FetchError, fetch
 from caption_ray.serving.service import Service, first_of, unforeseen

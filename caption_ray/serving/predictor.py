@@ -6,8 +6,9 @@ Shapes: B images, S their height and width in pixels, T words, N regions in rows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from caption_ray.config import EncoderConfig, SearchConfig
 from caption_ray.data import transforms
 from caption_ray.data.vocabulary import END, PAD
-from caption_ray.model.decoder import Memory, State, StepOutput
+from caption_ray.model.decoder import Decoder, DecoderStep, Memory, State, StepOutput
 from caption_ray.model.search import OnStep, generate
 from caption_ray.training import checkpoint
 from caption_ray.training.checkpoint import CheckpointError, Loaded
@@ -43,7 +44,7 @@ class Caption:
 
 
 class Predictor:
-    """A checkpoint's captioner on one device."""
+    """A checkpoint's captioner, or the ensemble of several, on one device."""
 
     def __init__(
         self,
@@ -56,16 +57,20 @@ class Predictor:
         self.device = device
         self.search = search or loaded.search
         """How captions are searched for; the checkpoint's own way unless another is given."""
-        self.model_config = loaded.model
+        self.members = loaded.members or (loaded,)
+        """The checkpoints that caption together; mostly one."""
         self.encoder_config = loaded.model.encoder
-        self.state = loaded.state
+        """How pictures are prepared."""
         self.vocabulary = loaded.vocabulary
         self.captioner = loaded.captioner.to(device).eval()
-        self._compiled_step = (
-            torch.compile(self.captioner.decoder.step, mode="reduce-overhead", dynamic=False)
+        decoders = [part for part in self.captioner.modules() if isinstance(part, Decoder)]
+        self._compiled_steps: Mapping[Decoder, DecoderStep] = {
+            decoder: partial(
+                _call_compiled, torch.compile(decoder.step, mode="reduce-overhead", dynamic=False)
+            )
+            for decoder in decoders
             if compile_decoder
-            else None
-        )
+        }
         # T4s and older GPUs only emulate bfloat16, which is slower than float32.
         self._bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
             including_emulation=False
@@ -79,7 +84,7 @@ class Predictor:
         search: SearchConfig | None = None,
         compile_decoder: bool = False,
     ) -> Predictor:
-        """The predictor of the checkpoint that `uri` means (see `checkpoint.find`).
+        """The predictor of the checkpoint or ensemble that `uri` means (see `checkpoint.find`).
 
         `compile_decoder` makes CUDA graphs of the decoder's step where there is a GPU, for batches
         of 1, 2, 4, ... pictures, to which others are padded, and for the search above; other
@@ -124,7 +129,7 @@ class Predictor:
         if len(images) == 0:
             return []
         search = search or self.search
-        is_compiled = self._compiled_step is not None and (search, num_return) == (self.search, 1)
+        is_compiled = bool(self._compiled_steps) and (search, num_return) == (self.search, 1)
         count = len(images)
         if is_compiled:
             padding = np.zeros((_padded(count) - count, *images.shape[1:]), np.uint8)
@@ -144,7 +149,7 @@ class Predictor:
                 num_return,
                 seeds,
                 None if on_words is None else self._tell(count, on_words),
-                self._step if is_compiled else None,
+                self._compiled_steps if is_compiled else None,
             )
         tokens = found.tokens.tolist()  # (B, R, T)
         log_probs = found.log_probs.tolist()  # (B, R)
@@ -157,14 +162,6 @@ class Predictor:
             ]
             for image in range(count)
         ]
-
-    def _step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
-        """The decoder's step as compiled. A CUDA graph writes its results where the last ones
-        were, so what the search keeps must be copied out."""
-        assert self._compiled_step is not None
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        logits, state, attention = self._compiled_step(tokens, state, memory)
-        return StepOutput(logits.clone(), tuple(part.clone() for part in state), attention.clone())
 
     def _tell(self, images: int, on_words: Callable[[int, list[str]], None]) -> OnStep:
         """What turns the search's tokens into words that were not told before."""
@@ -189,7 +186,7 @@ class Predictor:
         size = self.encoder_config.image_size
         try:
             sizes = {1, max_batch_size}
-            if self._compiled_step is not None:
+            if self._compiled_steps:
                 sizes |= {_padded(size) for size in range(1, max_batch_size)}
             for batch_size in sorted(sizes):
                 blank = np.full((batch_size, 3, size, size), 128, np.uint8)
@@ -206,13 +203,21 @@ class Predictor:
         self, tokens: list[int], log_prob: float, attention: NDArray[np.float32]
     ) -> Caption:
         words = self._words(tokens)
-        rows, columns = self.captioner.encoder.grid
+        rows, columns = self.captioner.grid
         grid = attention[: len(words)].reshape(len(words), rows, columns)
         text = self.vocabulary.decode(tokens)
         return Caption(text, log_prob, words, grid, is_whole=END in tokens)
 
     def _words(self, tokens: list[int]) -> list[str]:
         return [self.vocabulary.words[token] for token in tokens if token not in (PAD, END)]
+
+
+def _call_compiled(step: DecoderStep, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
+    """A decoder's step as compiled. A CUDA graph writes its results where the last ones were, so
+    what the search keeps must be copied out."""
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    logits, state, attention = step(tokens, state, memory)
+    return StepOutput(logits.clone(), tuple(part.clone() for part in state), attention.clone())
 
 
 def _padded(count: int) -> int:

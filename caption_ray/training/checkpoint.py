@@ -14,7 +14,8 @@
         to-validate                 there while its validation is yet to come
       validation/                   what validation found (see validation.py)
 
-A folder without a manifest is a checkpoint that never finished; no pointer ever names one.
+A folder without a manifest is a checkpoint that never finished; no pointer ever names one, and the
+next commit removes it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from caption_ray import storage
 from caption_ray.config import ModelConfig, SearchConfig, from_dict, to_dict
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner, build_captioner
+from caption_ray.model.ensemble import Ensemble
 
 MODEL, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.json"
 STATE, LEDGER, OPTIMIZER, MANIFEST = "state.json", "ledger.npy", "optimizer.pt", "manifest.json"
@@ -75,15 +77,18 @@ class State:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as serving and evaluation need it."""
+    """A checkpoint as serving and evaluation need it; of an ensemble, what is said of the first
+    member but for `uri`, `captioner` and `members`."""
 
     uri: str
-    captioner: Captioner
+    captioner: Captioner | Ensemble
     """On the CPU, in eval mode."""
     vocabulary: Vocabulary
     model: ModelConfig
     search: SearchConfig
     state: State
+    members: tuple[Loaded, ...] = ()
+    """Of an ensemble; none of a checkpoint."""
 
 
 def folder_name(step: int) -> str:
@@ -91,7 +96,8 @@ def folder_name(step: int) -> str:
 
 
 def step_of(folder_name: str) -> int:
-    return int(folder_name.removeprefix(PREFIX))
+    """The inverse, also of the name of a second checkpoint of a step (see `commit`)."""
+    return int(folder_name.removeprefix(PREFIX).partition("-")[0])
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -154,18 +160,24 @@ def commit(
     """Upload a saved checkpoint below the run's URI and let latest.json name it; best.json as well
     if it `is_best` or there is no best yet.
 
-    The manifest goes last, the pointers after it, and only then are checkpoints pruned that are
-    neither the best nor among the newest `keep` nor `to_validate`. Returns the checkpoint's URI.
+    The manifest goes last; the pointers follow once all is there that it names. Only then are
+    checkpoints removed that are neither the best nor among the newest `keep` nor yet to be
+    validated. Killed at any point, it leaves the pointers on whole checkpoints, and the next commit
+    cleans up. Returns the checkpoint's URI.
     """
-    name = folder_name(state.step)
+    _remove_unfinished(run)
+    name = _free_name(run, state.step)
     uri = storage.join(run, name)
+    storage.delete(storage.join(uri, MANIFEST))
     if to_validate:
         storage.write_bytes(storage.join(uri, TO_VALIDATE), b"")
-    files = sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST)
-    for file in files:
+    for file in sorted(folder.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
         storage.write_bytes(storage.join(uri, file.name), file.read_bytes())
+    _verify_upload(uri)
     is_best = is_best or not storage.exists(storage.join(run, "best.json"))
-    for which in POINTERS if is_best else POINTERS[:1]:
+    # the best first: with `latest` on this checkpoint already, a run that is killed here would go
+    # on from it and never call it the best
+    for which in reversed(POINTERS) if is_best else POINTERS[:1]:
         _point(run, which, name, state.step, state.epoch, state.metrics)
     _prune(run, keep)
     return uri
@@ -214,12 +226,61 @@ def _read_state(uri: str, data: bytes) -> State:
     return from_dict(State, json.loads(data), f"{uri}/{STATE}")
 
 
+def _verify_upload(uri: str) -> None:
+    """Every file is there at its size; StorageError otherwise. That its bytes are right is what
+    `storage.write_bytes` has seen to."""
+    for name, entry in _read_manifest(uri).items():
+        size = storage.size(storage.join(uri, name))
+        if size != entry["bytes"]:
+            raise storage.StorageError(
+                f"{storage.join(uri, name)}: {size} bytes after the upload, not {entry['bytes']}"
+            )
+
+
+def _checkpoints(run: str) -> dict[str, bool]:
+    """Names of the run's checkpoints, oldest first, and whether each is whole."""
+    return {
+        name: storage.exists(storage.join(run, name, MANIFEST))
+        for name in storage.list_folders(run)
+        if name.startswith(PREFIX)
+    }
+
+
+def _named(run: str) -> set[str]:
+    """The checkpoints that pointers name."""
+    return {
+        str(_read_pointer(run, which)["checkpoint"])
+        for which in POINTERS
+        if storage.exists(storage.join(run, f"{which}.json"))
+    }
+
+
+def _free_name(run: str, step: int) -> str:
+    """A folder that no pointer names: the second checkpoint of a step (inside an epoch, and at its
+    end) must not be written over the first while that is the only good one."""
+    named, name, number = _named(run), folder_name(step), 1
+    while name in named:
+        number += 1
+        name = f"{folder_name(step)}-{number}"
+    return name
+
+
+def _remove_unfinished(run: str) -> None:
+    """Remove what commits left that were killed. Nobody else writes checkpoints of this run: Ray
+    Train uploads one after the other."""
+    for name, is_whole in _checkpoints(run).items():
+        storage.delete_partial(storage.join(run, name))
+        if not is_whole:
+            storage.delete(storage.join(run, name))
+    for which in POINTERS:
+        storage.delete_partial(storage.join(run, f"{which}.json"))
+
+
 def _prune(run: str, keep: int) -> None:
-    kept = {str(_read_pointer(run, which)["checkpoint"]) for which in POINTERS
-            if storage.exists(storage.join(run, f"{which}.json"))}  # fmt: skip
-    folders = [name for name in storage.list_folders(run) if name.startswith(PREFIX)]
-    for name in folders[:-keep]:
-        if name not in kept and not storage.exists(storage.join(run, name, TO_VALIDATE)):
+    named = _named(run)
+    whole = [name for name, is_whole in _checkpoints(run).items() if is_whole]
+    for name in whole[:-keep]:
+        if name not in named and not storage.exists(storage.join(run, name, TO_VALIDATE)):
             # the manifest first: what is left of a half-deleted checkpoint is then none
             storage.delete(storage.join(run, name, MANIFEST))
             storage.delete(storage.join(run, name))
@@ -232,8 +293,21 @@ def find(uri: str, which: Literal["latest", "best"] = "latest") -> str:
     """The checkpoint that `uri` means: a checkpoint itself, the latest or best one of a run, or
     that of the run in a folder of runs which was written to last.
 
-    Raises CheckpointError if there is none.
+    Several of these, separated by commas, mean an ensemble: its checkpoints, again separated by
+    commas. Raises CheckpointError if there is none.
     """
+    return ",".join(_find_one(part, which) for part in members(uri))
+
+
+def members(uri: str) -> list[str]:
+    """The URIs that `uri` lists, separated by commas. A local path may have commas of its own, as
+    long as it is the only one."""
+    if "," not in uri or (storage.is_local(uri) and Path(storage.resolve(uri)).exists()):
+        return [uri]
+    return [part.strip() for part in uri.split(",")]
+
+
+def _find_one(uri: str, which: str) -> str:
     uri = storage.resolve(uri)
     if storage.exists(storage.join(uri, MANIFEST)):
         return uri
@@ -269,30 +343,75 @@ def _read_pointer(run: str, which: str) -> dict[str, Any]:
         raise CheckpointError(f"{uri}: not a pointer to a checkpoint ({error!r})") from None
 
 
-def _read(uri: str, names: list[str]) -> dict[str, bytes]:
-    """The named files of a checkpoint, verified against its manifest."""
+def _read_manifest(uri: str) -> dict[str, Any]:
+    """File name -> `bytes` and `digest`."""
+    location = storage.join(uri, MANIFEST)
     try:
-        manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
-        files = {name: storage.read_bytes(storage.join(uri, name)) for name in names}
-        for name, data in files.items():
-            entry = manifest[name]
-            if len(data) != entry["bytes"] or storage.digest(data) != entry["digest"]:
-                raise CheckpointError(
-                    f"{storage.join(uri, name)}: {len(data)} bytes that are not what the manifest "
-                    f"names ({entry['bytes']} bytes); use another checkpoint"
-                )
+        manifest: dict[str, Any] = json.loads(storage.read_bytes(location))
+        return {name: {"bytes": e["bytes"], "digest": e["digest"]} for name, e in manifest.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{uri}: not a whole checkpoint ({error})") from None
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{uri}: damaged manifest ({error!r})") from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{location}: a damaged manifest ({error!r})") from None
+
+
+def _read(uri: str, names: list[str]) -> dict[str, bytes]:
+    """The named files of a checkpoint, verified against its manifest."""
+    manifest = _read_manifest(uri)
+    files = {}
+    for name in names:
+        if name not in manifest:
+            raise CheckpointError(f"{uri}: a damaged manifest, which has no {name}")
+        entry = manifest[name]
+        try:
+            files[name] = storage.read_verified(
+                storage.join(uri, name), entry["bytes"], entry["digest"]
+            )
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{uri}: not a whole checkpoint ({error})") from None
+        except storage.DamagedError as error:
+            raise CheckpointError(
+                f"{error}: not what the manifest names; use another checkpoint"
+            ) from None
     return files
 
 
 def load(uri: str) -> Loaded:
-    """Rebuild the captioner of the checkpoint at exactly this URI (see `find`).
+    """Rebuild the captioner of the checkpoint at exactly this URI, or the ensemble of several (see
+    `find`).
 
-    Raises CheckpointError if a file is missing, damaged, or does not fit the others.
+    Raises CheckpointError if a file is missing, damaged, or does not fit the others, and if
+    checkpoints cannot caption together.
     """
+    loaded = tuple(_load_one(member) for member in members(uri))
+    if len(loaded) == 1:
+        return loaded[0]
+    for other in loaded[1:]:
+        _require_same(loaded[0], other)
+    ensemble = Ensemble([one.captioner for one in loaded]).eval()  # type: ignore[misc]
+    return dataclasses.replace(loaded[0], uri=uri, captioner=ensemble, members=loaded)
+
+
+def _require_same(one: Loaded, other: Loaded) -> None:
+    """Raise CheckpointError unless both know the same words and take the same pictures."""
+    a, b = one.model.encoder, other.model.encoder
+    differs = [
+        name
+        for name, same in {
+            "the vocabulary": one.vocabulary.words == other.vocabulary.words,
+            f"image_size ({a.image_size} and {b.image_size})": a.image_size == b.image_size,
+            f"image_fit ({a.image_fit} and {b.image_fit})": a.image_fit == b.image_fit,
+        }.items()
+        if not same
+    ]
+    if differs:
+        raise CheckpointError(
+            f"{one.uri} and {other.uri} cannot caption together: they differ in "
+            f"{', '.join(differs)}; name runs of the same data set and image size"
+        )
+
+
+def _load_one(uri: str) -> Loaded:
     files = _read(uri, [MODEL, CONFIG, VOCABULARY, STATE])
     try:
         config = json.loads(files[CONFIG])

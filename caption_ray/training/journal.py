@@ -151,8 +151,13 @@ class Journal:
         )
         self.say(f"Epoch {epoch + 1} {self._told(trained)} validation {validation['val/loss']:.4f}")
         self.say(f"Time taken for 1 epoch {seconds:.2f} sec")
-        if bad:
+        if bad:  # on every rank or on none
+            errors = loop.gathered(errors)
             self.say(f"{bad:.0f} unreadable pictures were skipped, e.g. {errors[:3]}")
+            if self.tracker is not None:
+                rows: list[list[tracking.Cell]] = [list(e.partition(": ")[::2]) for e in errors]
+                table = tracking.Table(["file", "reason"], rows)
+                self.tracker.log_table("bad_images", table, step)
 
     def close(self) -> None:
         """Close the tracker, and put its files and the history beside the checkpoints."""

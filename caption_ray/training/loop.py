@@ -99,6 +99,15 @@ def summed(value: float, device: torch.device) -> float:
     return float(total)
 
 
+def gathered(items: list[str]) -> list[str]:
+    """The items of all workers, each of which must ask."""
+    if not dist.is_initialized():
+        return items
+    lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, items)
+    return [item for one in lists for item in one]
+
+
 def to_example(
     images: NDArray[np.uint8] | None,
     tokens: NDArray[np.int32] | None,

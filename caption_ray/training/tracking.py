@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from caption_ray.config import Config, to_dict
+
+Cell: TypeAlias = str | float | bytes | None
+"""Of a table; bytes are an encoded picture."""
+
+
+class Table(NamedTuple):
+    """What is looked at row by row."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
 
 
 class Tracker(Protocol):
@@ -27,6 +39,9 @@ class Tracker(Protocol):
     ) -> None:
         """Pictures uint8 (n, 3, S, S) with the model's captions and what people wrote."""
 
+    def log_table(self, name: str, table: Table, step: int) -> None:
+        """A table with all its pictures."""
+
     def finish(self) -> None:
         """Write out what is still held back."""
 
@@ -40,6 +55,9 @@ class _Nothing:
     def log_captions(
         self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
     ) -> None:
+        pass
+
+    def log_table(self, name: str, table: Table, step: int) -> None:
         pass
 
     def finish(self) -> None:
@@ -86,8 +104,22 @@ class _WandB:
         # also as plain pictures: offline, a table's are staged outside the run's own folder
         self.run.log({"captions": table, "samples": pictures, "step": step})
 
+    def log_table(self, name: str, table: Table, step: int) -> None:
+        rows = [
+            [self.image(_open(cell)) if isinstance(cell, bytes) else cell for cell in row]
+            for row in table.rows
+        ]
+        pictures = [cell for row in rows for cell in row if isinstance(cell, self.image)]
+        whole = self.table(columns=list(table.columns), data=rows)
+        # also as plain pictures, for the reason above
+        self.run.log({name: whole, f"{name}/pictures": pictures, "step": step})
+
     def finish(self) -> None:
         self.run.finish()
+
+
+def _open(picture: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(picture)).convert("RGB")
 
 
 def _has_key() -> bool:
@@ -116,6 +148,17 @@ class _TensorBoard:
         for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
             self.writer.add_image(f"captions/{number}", image, step)
             self.writer.add_text(f"captions/{number}", f"{caption} ({references[number]})", step)
+
+    def log_table(self, name: str, table: Table, step: int) -> None:
+        for number, row in enumerate(table.rows):
+            cells = dict(zip(table.columns, row, strict=True))
+            for column, cell in cells.items():
+                if isinstance(cell, bytes):
+                    pixels = np.asarray(_open(cell))
+                    tag = f"{name}/{number}/{column}"
+                    self.writer.add_image(tag, pixels, step, dataformats="HWC")
+            text = [f"{c}: {cell}" for c, cell in cells.items() if not isinstance(cell, bytes)]
+            self.writer.add_text(f"{name}/{number}", "  \n".join(text), step)
 
     def finish(self) -> None:
         self.writer.close()

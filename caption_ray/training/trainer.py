@@ -96,7 +96,7 @@ def train(config: Config) -> Finished:
             torch_config=TorchConfig(
                 backend=None if config.train.backend == "auto" else config.train.backend
             ),
-            validation_config=_validation(config, shared, gpus),
+            validation_config=_validation(config, run, shared, gpus),
             scaling_config=ScalingConfig(
                 num_workers=most if least is None else (least, most),
                 use_gpu=bool(gpus),
@@ -147,6 +147,11 @@ def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
     """The words of the data set, or of the checkpoint that the run starts from."""
     if config.train.start_from is not None:
         started = checkpoint.load(config.train.start_from)
+        if started.members:
+            raise ValueError(
+                f"--train.start-from {config.train.start_from}: weights come from one checkpoint, "
+                f"not from {len(started.members)}; name one"
+            )
         differs = checkpoint.differences(started.model, config.model)
         if differs:
             raise ValueError(
@@ -164,8 +169,8 @@ def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
     )
 
 
-def _validation(config: Config, dataset: ray.ObjectRef, gpus: int) -> ValidationConfig:
-    """How checkpoints are validated while training goes on."""
+def _validation(config: Config, run: str, dataset: ray.ObjectRef, gpus: int) -> ValidationConfig:
+    """How checkpoints of the run are validated while training goes on."""
     train = config.train
     num_gpus = train.validation_gpus
     if num_gpus is None:
@@ -177,6 +182,7 @@ def _validation(config: Config, dataset: ray.ObjectRef, gpus: int) -> Validation
         fn=validation.validate,
         task_config=ValidationTaskConfig(
             fn_kwargs={
+                "run": run,
                 "dataset": dataset,
                 "limit": train.validation_images,
                 "threads": max(1, cpus),

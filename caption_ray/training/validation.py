@@ -35,14 +35,15 @@ METRICS = ("BLEU-4", "ROUGE-L", "CIDEr-D")
 
 
 def validate(
-    saved: Any, uri: str, dataset: ray.ObjectRef, limit: int | None, threads: int
+    saved: Any, run: str, dataset: ray.ObjectRef, limit: int | None, threads: int
 ) -> dict[str, float]:
-    """Caption the first `limit` validation pictures with the checkpoint at `uri`, greedily.
+    """Caption the first `limit` validation pictures with a checkpoint of the run, greedily.
 
-    saved: the checkpoint as Ray Train knows it, which is the same. Returns the metrics, named
+    saved: as Ray Train knows it; only its name counts. Returns the metrics, named
     `val/...`, and writes them into the run's folder. An error is written there, too, before it is
     raised: Ray Train only logs it.
     """
+    uri = storage.join(run, storage.name(str(saved.path)))
     report = storage.join(storage.parent(uri), FOLDER, f"{storage.name(uri)}.json")
     torch.set_num_threads(threads)
     start = time.monotonic()

@@ -15,7 +15,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode, ValidationTaskConfig
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from caption_ray import cluster, storage
 from caption_ray.config import Config
@@ -81,7 +81,8 @@ def _train(worker: _Worker) -> bool:
                 worker.log()
             wish = worker.interruptions.granted()
             due = config.checkpoint_every and worker.total_steps % config.checkpoint_every == 0
-            if wish >= Wish.SAVE or due:
+            ended = worker.step_in_epoch == worker.steps_this_epoch  # then end_epoch saves
+            if wish is Wish.STOP or ((wish is Wish.SAVE or due) and not ended):
                 worker.checkpoint()
             if wish is Wish.STOP:
                 worker.stop()
@@ -377,7 +378,6 @@ class _Worker:
             )
             saved = Checkpoint.from_directory(folder)
         name = checkpoint.folder_name(self.total_steps)
-        uri = storage.join(self.job.run, name)
         upload = _Upload(
             self.job.run, state, self.config.train.keep_checkpoints, to_validate,
             self.journal.to_json(), self.uploads,
@@ -388,10 +388,7 @@ class _Worker:
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
-            # of the rank that has a checkpoint
-            validation=saved is not None
-            and to_validate
-            and ValidationTaskConfig(fn_kwargs={"uri": uri}),
+            validation=to_validate and saved is not None,
         )
 
     def finish(self) -> None:

@@ -135,3 +135,32 @@ def test_larger_pictures_are_shrunk_to_the_shorter_side(coco_mini, tmp_path):
         assert width / height == pytest.approx(row["width"] / row["height"], rel=0.02)
     # smaller than the originals by far, that is the purpose
     assert sum(shard.bytes for shard in index.shards("val")) < 12_765_205 / 5
+
+
+def test_receipts_do_not_vouch_for_shards_that_another_plan_replaced(scenes, shards, tmp_path):
+    def interrupted(**changes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("caption_ray.data.ingest.Index.to_json", lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                _ingest(scenes, tmp_path, **changes)
+
+    interrupted()
+    interrupted(seed=1)  # other pictures under the same names
+    interrupted(seed=1, images_per_shard=7)  # names that the first plan does not have
+    _ingest(scenes, tmp_path)
+    assert _files(tmp_path) == _files(shards)
+
+
+def test_a_receipt_without_its_shard_is_not_believed(scenes, shards, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("caption_ray.data.ingest.Index.to_json", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _ingest(scenes, tmp_path)
+    first, second, *_ = sorted((tmp_path / "train").iterdir())
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    receipt = next((tmp_path / RECEIPTS).rglob("00002*.json"))
+    receipt.write_text("{")
+    (tmp_path / "train" / ".00000-of-00003.parquet.x1.part").write_bytes(b"half")
+    _ingest(scenes, tmp_path)
+    assert _files(tmp_path) == _files(shards)

@@ -1,5 +1,9 @@
+import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from caption_ray.data.pipeline import open_shards, open_source
 from caption_ray.evaluation import evaluate
 from caption_ray.serving.predictor import Predictor
 from caption_ray.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,28 @@ def test_files_get_a_line_each_and_unreadable_ones_their_error(uri, scenes, tmp_
             assert set(line) == {"file", "error"} and "accepted format" in line["error"]
         else:
             assert set(line) == {"file", "caption", "log_prob"} and line["log_prob"] < 0
+
+
+def test_the_job_captions_with_an_ensemble_as_it_is_asked_to(tiny_run, scenes, tmp_path):
+    command = [
+        sys.executable, ROOT / "jobs/caption.py", "--checkpoint", f"{tiny_run},{tiny_run}",
+        "--images", scenes / "val", "--out", tmp_path / "out.jsonl",
+        "--search.min-length", "7", "--search.no-repeat-ngram-size", "2",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    uri = checkpoint.find(tiny_run, "best")
+    assert f"Captions of {uri},{uri} in" in done.stdout
+    loaded = checkpoint.load(uri)
+    search = dataclasses.replace(loaded.search, min_length=7, no_repeat_ngram_size=2)
+    predictor = Predictor(loaded, torch.device("cpu"), search)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    for line in lines:
+        picture = predictor.prepare(storage.read_bytes(line["file"]))
+        ((caption,),) = predictor.predict(picture[None])
+        assert line["caption"] == caption.text and len(caption.words) >= 7
+        assert line["log_prob"] == pytest.approx(caption.log_prob, abs=1e-3)
 
 
 def test_images_may_be_a_picture_a_folder_or_a_glob(scenes, tmp_path):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from caption_ray import storage
+from caption_ray import config, storage
 from caption_ray.config import SearchConfig
 from caption_ray.data.pipeline import open_shards
 from caption_ray.evaluation import evaluate, metrics, scorecard
@@ -74,8 +76,8 @@ def test_a_word_cannot_become_markup(card: scorecard.Scorecard) -> None:
         "caption": "<script>alert(1)</script>", "references": ["<b>"], "file": "<i>",
         "scores": {"CIDEr-D": 1.0, "BLEU-4": 0.0, "ROUGE-L": 0.0},
     }  # fmt: skip
-    page = report.page("<u>", {"<s>": 1.0}, {}, [record], None)
-    assert not {"<script>", "<i>", "<u>", "<s>"} & set(re.findall(r"<\w+>", page))
+    page = report.page("<u>", {"<s>": 1.0}, {}, [record], {"<a>": b""})
+    assert not {"<script>", "<i>", "<u>", "<s>", "<a>"} & set(re.findall(r"<\w+>", page))
     assert "&lt;script&gt;" in page and "&lt;b&gt;" in page
 
 
@@ -90,17 +92,81 @@ def test_search_can_be_another_than_the_checkpoints(
     assert found.figures["words per caption"] <= 2
 
 
+def test_the_report_shows_the_curves_of_the_run(
+    tiny_run: str, shards: str, local_ray: None, tmp_path: Path
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    history = [{"step": 1, "train/loss": 2.0}, {"step": 1, "val/loss": 1.0, "val/CIDEr-D": 0.5}]
+    (run / "history.json").write_text(json.dumps(history))
+    found = scorecard.make(
+        checkpoint.find(str(run)), open_shards(shards), "val", java=False, limit=2, progress=False
+    )
+    assert found.out == f"{run}/evaluation/val"
+    page = read(found, "report.html")
+    assert page.count("data:image/png") == 2
+    assert "<h2>Loss of run</h2>" in page and "<h2>CIDEr-D of run</h2>" in page
+
+
+def test_an_ensemble_has_a_scorecard_of_its_own(
+    tiny_run: str, shards: str, local_ray: None, tmp_path: Path
+) -> None:
+    runs = [shutil.copytree(tiny_run, tmp_path / name) for name in ("one", "two")]
+    uri = checkpoint.find(",".join(map(str, runs)))
+    found = scorecard.make(uri, open_shards(shards), "val", java=False, progress=False)
+    assert found.out == f"{runs[0]}/evaluation/val+two"
+    assert json.loads(read(found, "metrics.json"))["checkpoint"] == uri
+    assert "one, checkpoint-00000001 + two, checkpoint-00000001, val" in read(found, "report.html")
+    alone = evaluate.caption_split(
+        checkpoint.find(tiny_run), open_shards(shards), "val", progress=False
+    )
+    results = json.loads(read(found, "captions_val_caption_ray_results.json"))
+    assert [one["caption"] for one in results] == [one["caption"] for one in alone]
+    assert scorecard.log(found, uri, "val") is None, "it belongs to no run"
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "none"])
+def test_figures_captions_and_heat_maps_go_to_the_page_of_the_run(
+    card: scorecard.Scorecard, tiny_run: str, tmp_path: Path, tracker: Any
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    uri = checkpoint.find(str(run))
+    settings = dataclasses.replace(
+        config.shapes(), run=config.RunConfig(str(tmp_path), "run", tracker)
+    )
+    (run / "config.json").write_text(json.dumps(config.to_dict(settings)))
+    if tracker == "wandb":
+        state = Path(uri, "state.json")
+        state.write_text(json.dumps({**json.loads(state.read_text()), "tracker_id": "abc"}))
+        manifest = Path(uri, "manifest.json")
+        entry = {"bytes": state.stat().st_size, "digest": storage.digest(state.read_bytes())}
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "state.json": entry}))
+    page = scorecard.log(card, uri, "val")
+    if tracker == "none":
+        assert page is None and not list(run.glob("**/*tfevents*")) + list(run.glob("wandb"))
+    elif tracker == "wandb":
+        assert page == "abc" and len(list(run.rglob("*/val/captions*.table.json"))) == 1
+        pictures = [path.name for path in run.rglob("*.png")]
+        heat_maps = card.tables["attention"].rows
+        assert sum(name.startswith("pictures") for name in pictures) == 12 + len(heat_maps)
+    else:
+        events = EventAccumulator(str(run), {"images": 0, "scalars": 0}).Reload()
+        assert events.Scalars("val/CIDEr-D")[0].value == pytest.approx(card.figures["CIDEr-D"])
+        assert len(events.Tags()["images"]) == 12 + len(card.tables["attention"].rows)
+
+
 def test_the_job_prints_the_table_and_says_where_the_files_are(
     tiny_run: str, shards: str, tmp_path: Path
 ) -> None:
     command: list[Any] = [
         sys.executable, ROOT / "jobs/evaluate.py", "--checkpoint", tiny_run, "--shards", shards,
-        "--out", tmp_path / "out", "--no-java", "--limit", "6",
+        "--out", tmp_path / "out", "--no-java", "--limit", "6", "--search.max-length", "3",
+        "--search.min-length", "3",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"CIDEr-D +\d", done.stdout) and f"Files: {tmp_path}/out" in done.stdout
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["images"] == 6
+    figures = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert figures["images"] == 6 and figures["words per caption"] == 3
 
 
 def test_the_job_names_what_is_wrong(tiny_run: str, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from caption_ray.config import ModelConfig, SearchConfig, shapes
 from caption_ray.model.captioner import build_captioner
-from caption_ray.model.decoder import END, PAD, START, State, StepOutput
-from caption_ray.model.search import Hypotheses, StepFn, beam_search, generate, greedy, sample
+from caption_ray.model.decoder import END, PAD, START, State, StepFn, StepOutput
+from caption_ray.model.search import Hypotheses, beam_search, generate, greedy, sample
 
 V = 6  # PAD, START, END and three words
 WORDS = (3, 4, 5)
@@ -252,6 +252,127 @@ def test_no_more_captions_than_beams(num_return: int) -> None:
         )
 
 
+# Minimal length, and words that may not be repeated -------------------------------------------
+
+
+def limited(
+    model: Toy, image: int, max_length: int, min_length: int, size: int
+) -> Iterator[tuple[list[int], float]]:
+    """All captions of an image that may be said, with their log-probabilities."""
+
+    def repeats(words: list[int]) -> bool:
+        ngrams = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
+        return size > 0 and len(set(ngrams)) < len(ngrams)
+
+    def extend(words: list[int], total: float) -> Iterator[tuple[list[int], float]]:
+        if words and (words[-1] == END or len(words) == max_length):
+            yield words, total
+            return
+        may = [word for word in WORDS if not repeats([*words, word])]
+        if len(words) >= min_length or not may:
+            may.append(END)
+        before = [START, START, *words]
+        log_probs = model.tables[image, before[-2], before[-1]].log_softmax(dim=-1)
+        for word in may:
+            yield from extend([*words, word], total + log_probs[word].item())
+
+    return extend([], 0.0)
+
+
+LIMITS = [
+    {"min_length": minimum, "no_repeat_ngram_size": size}
+    for minimum, size in [(0, 1), (0, 2), (0, 3), (2, 0), (4, 0), (3, 2), (2, 1), (4, 1)]
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_wide_beam_search_is_exhaustive_within_the_limits(
+    limits: dict[str, int], penalty: float
+) -> None:
+    model = toy(seed=1)
+    found = beam_search(
+        model.step, model.start(121), max_length=4, length_penalty=penalty, num_return=121, **limits
+    )
+    for image in range(3):
+        captions = limited(model, image, 4, *limits.values())
+        expected = sorted(captions, key=lambda c: c[1] / len(c[0]) ** penalty, reverse=True)
+        assert len(expected) < 121, "else nothing was forbidden"
+        assert [words(found, image, r) for r in range(len(expected))] == [c for c, _ in expected]
+        log_probs = torch.tensor([log_prob for _, log_prob in expected])
+        torch.testing.assert_close(found.log_probs[image, : len(expected)], log_probs)
+        assert (found.log_probs[image, len(expected) :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_greedy_takes_the_likeliest_word_that_may_be_said(limits: dict[str, int]) -> None:
+    model, changed = toy(), 0
+    found = greedy(model.step, model.start(1), max_length=4, **limits)
+    free = greedy(model.step, model.start(1), max_length=4)
+    for image in range(3):
+        captions = [caption for caption, _ in limited(model, image, 4, *limits.values())]
+        for place, word in enumerate(said := words(found, image, 0)):
+            before = [START, START, *said[:place]]
+            beginning = [c for c in captions if len(c) > place and c[:place] == said[:place]]
+            log_probs = model.tables[image, before[-2], before[-1]]
+            assert word == max({c[place] for c in beginning}, key=lambda w: log_probs[w].item())
+        changed += said != words(free, image, 0)
+    assert changed or limits == {"min_length": 0, "no_repeat_ngram_size": 3}
+    beam = beam_search(
+        model.step, model.start(1), max_length=4, length_penalty=0.7, num_return=1, **limits
+    )
+    assert_same(found, beam)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_samples_keep_the_limits_and_the_models_log_probability(
+    limits: dict[str, int], options: dict[str, Any]
+) -> None:
+    model = toy()
+    found = draw(model, 200, max_length=4, **limits, **options)
+    for image in range(3):
+        known = {tuple(c): log_prob for c, log_prob in limited(model, image, 4, *limits.values())}
+        said = [tuple(words(found, image, rank)) for rank in range(200)]
+        assert set(said) <= set(known)
+        torch.testing.assert_close(found.log_probs[image], torch.tensor([known[c] for c in said]))
+        if not options:
+            assert len(set(said)) >= 3
+
+
+def test_where_no_word_is_left_a_caption_may_end_before_its_minimal_length() -> None:
+    """Three words exist, none may be said twice, and five are asked for."""
+    model = toy()
+    limits = {"max_length": 8, "min_length": 5, "no_repeat_ngram_size": 1}
+    for found in (
+        beam_search(model.step, model.start(3), length_penalty=0.7, num_return=3, **limits),
+        greedy(model.step, model.start(1), **limits),
+        draw(model, 50, **limits),
+    ):
+        assert found.log_probs.isfinite().all()
+        for image in range(3):
+            for rank in range(found.tokens.shape[1]):
+                *three, end = words(found, image, rank)
+                assert sorted(three) == list(WORDS) and end == END
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_stopping_early_changes_nothing_within_the_limits(limits: dict[str, int]) -> None:
+    for seed in range(10):
+        model = toy(seed=seed)
+        options: dict[str, Any] = {"max_length": 6, "length_penalty": 0.7, **limits}
+        few = beam_search(model.step, model.start(6), num_return=1, **options)
+        every = beam_search(model.step, model.start(6), num_return=6, **options)
+        for image in range(3):
+            assert words(few, image, 0) == words(every, image, 0)
+
+
+def test_weights_that_are_not_finite_still_show_within_the_limits() -> None:
+    model = Toy(torch.full((1, V, V, V), math.nan))
+    limits = {"max_length": 4, "min_length": 2, "no_repeat_ngram_size": 2}
+    assert greedy(model.step, model.start(1), **limits).log_probs.isnan().all()
+
+
 # Sampling -------------------------------------------------------------------------------------
 
 
@@ -315,7 +436,22 @@ def test_samples_come_with_the_models_own_log_probability() -> None:
         assert found.log_probs[image].diff().max() <= 0
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": 1e-40},  # subnormal in float32
+        {"temperature": 1e-300},  # zero in float32
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1e-300},
+        {"top_p": math.nan},
+    ],
+    ids=str,
+)
 def test_impossible_sampling_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         draw(toy(), 1, max_length=3, **options)
@@ -391,14 +527,17 @@ def follow(found: Hypotheses, steps: list[tuple[Tensor, Tensor]]) -> int:
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 2.0])
 @pytest.mark.parametrize("num_return", [1, 3])
-def test_a_word_that_is_decided_stands_in_the_best_caption(penalty: float, num_return: int) -> None:
+@pytest.mark.parametrize("limits", [{}, {"min_length": 3, "no_repeat_ngram_size": 2}], ids=str)
+def test_a_word_that_is_decided_stands_in_the_best_caption(
+    penalty: float, num_return: int, limits: dict[str, int]
+) -> None:
     early = 0
     for seed in range(30):
         model = toy(seed=seed)
         steps: list[tuple[Tensor, Tensor]] = []
         found = beam_search(
             model.step, model.start(4), max_length=6, length_penalty=penalty,
-            num_return=num_return, on_step=lambda *step, steps=steps: steps.append(step),
+            num_return=num_return, on_step=lambda *step, steps=steps: steps.append(step), **limits,
         )  # fmt: skip
         early += follow(found, steps)
     assert early > 0, "nothing was ever decided before the end"

@@ -341,6 +341,36 @@ def test_the_best_checkpoint_of_a_run_is_followed_as_training_goes_on(
     endpoint.wait_until(lambda: server.info()["checkpoint"]["uri"] == server.predictor.uri)
 
 
+def test_runs_that_caption_together_are_followed_and_their_newest_checkpoints_served(
+    server: Server, endpoint: Any, save_run: MakeRun, picture: MakePicture
+) -> None:
+    runs = [server.storage / "together-1", server.storage / "together-2"]
+    one, two = (save_run(run, step=1, seed=seed) for seed, run in enumerate(runs, 11))
+    serve_checkpoint(server, endpoint, ",".join(map(str, runs)), follow=0.2)
+    endpoint.wait_until(lambda: server.info()["checkpoint"]["uri"] == f"{one},{two}")
+    both = Predictor.from_uri(f"{one},{two}", torch.device("cpu"))
+    expected = [both.predict(both.prepare(picture(seed))[None])[0][0].text for seed in range(4)]
+    assert expected != [server.expected(picture(seed)) for seed in range(4)]
+    for seed, text in enumerate(expected):
+        answer = server.post(picture(seed))
+        assert answer.json()[0]["generated_text"] == text
+        assert answer.headers["X-Checkpoint"] == "checkpoint-00000001,checkpoint-00000001"
+    told = server.info()
+    assert [member["uri"] for member in told["checkpoint"]["members"]] == [one, two]
+    assert told["model"]["decoder"] == "soft, soft"
+
+    newer = save_run(runs[1], step=2, seed=13)
+    endpoint.wait_until(lambda: server.info()["checkpoint"]["uri"] == f"{one},{newer}")
+    unfit = save_run(runs[1], step=3, image_size=48)
+    endpoint.wait_until(lambda: server.info()["checkpoint"]["refused"] is not None)
+    told = server.info()["checkpoint"]
+    assert told["uri"] == f"{one},{newer}", "what was served goes on"
+    assert told["refused"]["checkpoint"] == f"{one},{unfit}"
+    assert "differ in image_size (32 and 48)" in told["refused"]["error"]
+    serve_checkpoint(server, endpoint, server.predictor.uri)
+    endpoint.wait_until(lambda: server.info()["checkpoint"]["uri"] == server.predictor.uri)
+
+
 # Starting -------------------------------------------------------------------------------------
 
 

@@ -341,6 +341,8 @@ BOUNDS: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (0, -1, 11, 10**30, 1.5, 2.0, None, *WRONG),
     "num_beams": (0, -1, 11, 10**30, 1.5, 2.0, *WRONG),
     "max_new_tokens": (0, -1, 51, 10**30, 1.5, 2.0, *WRONG),
+    "min_new_tokens": (-1, 51, 10**30, 1.5, 2.0, *WRONG),
+    "no_repeat_ngram_size": (-1, 51, 10**30, 1.5, 2.0, *WRONG),
     "length_penalty": (-0.1, 5.1, 1e300, *WRONG),
     "temperature": (0, -1, 10.1, 1e-300, 1e-7, *WRONG),
     "top_k": (0, -1, 1.5, 2.0, *WRONG),

@@ -207,6 +207,8 @@ def test_parameters_mean_the_same_wherever_they_stand(
         ({"do_sample": "false"}, {"top_k": 3}, "do_sample is false, so leave out top_k"),
         ({"num_beams": 3}, {"temperature": 0.5}, "words are either drawn or searched"),
         ({"num_beams": 1, "num_return_sequences": 2}, {}, "the query is {"),
+        ({"min_new_tokens": 5}, {"max_new_tokens": 4}, "min_new_tokens is 5, max_new_tokens 4"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, {}, "the query is {"),
     ],
 )
 def test_parameters_that_contradict_each_other_are_refused(
@@ -220,13 +222,42 @@ def test_every_parameter_arrives_where_captions_are_made(
     client: Clients, picture: Pictures, backend: Any
 ) -> None:
     search = {"num_return_sequences": 2, "num_beams": 3, "max_new_tokens": 4, "length_penalty": 1.5}
-    client().post("/caption", params={**search, "return_attention": True}, content=picture(1))
-    assert backend.calls[-1] == Options(2, 3, 4, 1.5, attention=True)
+    limits = {"min_new_tokens": 2, "no_repeat_ngram_size": 3}
+    parameters = {**search, **limits, "return_attention": True}
+    client().post("/caption", params=parameters, content=picture(1))
+    assert backend.calls[-1] == Options(
+        num_return=2, beam_size=3, max_length=4, length_penalty=1.5, min_length=2,
+        no_repeat_ngram_size=3, attention=True,
+    )  # fmt: skip
     drawn = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 2**63 - 1}
     client().post("/caption", params=drawn, content=picture(1))
     assert backend.calls[-1] == Options(temperature=0.5, top_k=7, top_p=0.9, seed=2**63 - 1)
     client().post("/caption", content=picture(1))
     assert backend.calls[-1] == Options()
+
+
+@pytest.mark.parametrize("length", [0, 3, 6, 9, 50])
+def test_no_caption_is_shorter_than_min_new_tokens(
+    client: Clients, picture: Pictures, captions: Captions, length: int
+) -> None:
+    """Nor is it refused where the checkpoint's longest caption, of 6 words, would be shorter."""
+    data = picture(2)
+    answer = client().post(f"/caption?min_new_tokens={length}", content=data)
+    assert texts(answer) == said(captions(data, min_length=length, max_length=max(6, length)))
+    assert len(texts(answer)[0].split()) >= length
+
+
+def test_no_repeat_ngram_size_keeps_words_from_being_repeated(
+    client: Clients, picture: Pictures, captions: Captions
+) -> None:
+    query = "/caption?num_beams=1&max_new_tokens=20&min_new_tokens=20"
+    said_freely = texts(client().post(query, content=picture(6)))[0].split()
+    assert len(set(said_freely)) < len(said_freely), "else nothing would be blocked"
+    for size in (2, 3):
+        answer = client().post(f"{query}&no_repeat_ngram_size={size}", content=picture(6))
+        words = texts(answer)[0].split()
+        ngrams = list(zip(*(words[at:] for at in range(size)), strict=False))
+        assert len(set(ngrams)) == len(ngrams) > 0
 
 
 @pytest.mark.parametrize("number", [1, 2, 10])

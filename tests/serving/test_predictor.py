@@ -7,7 +7,7 @@ import io
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, Search
 from caption_ray.data.transforms import ImageError
 from caption_ray.data.vocabulary import END, START, Vocabulary
 from caption_ray.model.captioner import build_captioner
+from caption_ray.model.ensemble import Ensemble
 from caption_ray.serving.predictor import Images, Predictor, prepare
 from caption_ray.training import checkpoint
 from caption_ray.training.checkpoint import CheckpointError, Loaded, State
@@ -132,6 +133,39 @@ def test_compiled_and_padded_it_says_the_same(
     assert [len(captions) for captions in several] == [2] * count, "as it is, for other searches"
 
 
+def make_ensemble() -> Loaded:
+    """Two that were trained apart."""
+    members = (make_loaded(), make_loaded(seed=1))
+    together = Ensemble([make_loaded(seed).captioner for seed in (0, 1)]).eval()
+    return dataclasses.replace(members[0], uri="both", captioner=together, members=members)
+
+
+def test_an_ensemble_captions_otherwise_than_its_members(
+    predictor: Predictor, images: Images
+) -> None:
+    both = Predictor(make_ensemble(), CPU)
+    both.warm_up(4)
+    said = [
+        [caption.text for (caption,) in one.predict(images)]
+        for one in (both, predictor, Predictor(make_loaded(seed=1), CPU))
+    ]
+    assert said[0] not in said[1:] and [member.uri for member in both.members] == ["memory"] * 2
+    rows, columns = predictor.captioner.grid
+    for (caption,) in both.predict(images):
+        assert caption.attention is not None
+        assert caption.attention.shape == (len(caption.words), rows, columns)
+        np.testing.assert_allclose(caption.attention.sum((1, 2)), 1, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_a_compiled_ensemble_says_the_same(images: Images) -> None:
+    compiled = Predictor(make_ensemble(), CPU, compile_decoder=True)
+    plain = Predictor(make_ensemble(), CPU)
+    for (ours,), (theirs,) in zip(compiled.predict(images), plain.predict(images), strict=True):
+        assert ours.text == theirs.text
+        assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
+
+
 def test_no_pictures_no_captions(predictor: Predictor, images: Images) -> None:
     assert predictor.predict(images[:0]) == []
 
@@ -222,12 +256,15 @@ def test_prediction_needs_no_ray() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("make", [make_loaded, make_ensemble])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_gpu_captions_nearly_alike(predictor: Predictor, images: Images, compiled: bool) -> None:
-    on_gpu = Predictor(make_loaded(), torch.device("cuda"), compile_decoder=compiled)
+def test_a_gpu_captions_nearly_alike(
+    images: Images, make: Callable[[], Loaded], compiled: bool
+) -> None:
+    on_gpu, on_cpu = Predictor(make(), torch.device("cuda"), None, compiled), Predictor(make(), CPU)
     on_gpu.warm_up(8)
     same = 0
-    for (ours,), (theirs,) in zip(on_gpu.predict(images), predictor.predict(images), strict=True):
+    for (ours,), (theirs,) in zip(on_gpu.predict(images), on_cpu.predict(images), strict=True):
         if ours.words == theirs.words:
             same += 1
             assert ours.log_prob == pytest.approx(theirs.log_prob, abs=0.3)

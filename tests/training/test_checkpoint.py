@@ -189,3 +189,119 @@ def test_captioners_that_cannot_share_weights_are_told_apart():
     encoder = dataclasses.replace(one.encoder, trainable_from="none", weights="DEFAULT")
     assert checkpoint.differences(one, dataclasses.replace(one, encoder=encoder)) == ""
     assert checkpoint.differences(one, _config(cell="gru")) == "decoder.cell 'lstm' != 'gru'"
+
+
+# Ensembles ------------------------------------------------------------------------------------
+
+
+def test_several_uris_mean_an_ensemble_each_found_by_itself(tmp_path, monkeypatch):
+    first, best = _commit(tmp_path, tmp_path / "runs/one", 1, is_best=True)
+    second, latest = _commit(tmp_path, tmp_path / "runs/one", 2)
+    _, other = _commit(tmp_path, tmp_path / "two", 3, is_best=True)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find("runs,two", "best") == f"{best},{other}"
+    assert checkpoint.find(f"runs/one , {best}") == f"{latest},{best}"
+    found = checkpoint.find("runs,two", "best")
+    assert checkpoint.find(found) == found, "they are their own names"
+
+    loaded = checkpoint.load(f"{best},{latest}")
+    assert [member.uri for member in loaded.members] == [best, latest]
+    assert loaded.uri == f"{best},{latest}" and not loaded.captioner.training
+    for member, captioner in zip(loaded.captioner.members, (first, second), strict=True):
+        for name, tensor in captioner.state_dict().items():
+            assert torch.equal(member.state_dict()[name], tensor)
+    assert checkpoint.load(best).members == ()
+
+
+def test_a_local_path_may_have_commas(tmp_path):
+    _, uri = _commit(tmp_path, tmp_path / "Runs, all of them/one", 1, is_best=True)
+    for place in (uri, uri.rpartition("/")[0], str(tmp_path / "Runs, all of them")):
+        assert checkpoint.find(place) == uri
+    assert checkpoint.load(uri).uri == uri
+
+
+def test_a_member_that_is_not_there_is_named(tmp_path):
+    _, uri = _commit(tmp_path, tmp_path / "one", 1)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: neither"):
+        checkpoint.find(f"{uri},{tmp_path}/none")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: not a whole"):
+        checkpoint.load(f"{uri},{tmp_path}/none")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"image_size": 48}, r"image_size \(32 and 48\);"),
+        ({"image_fit": "crop"}, r"image_fit \(stretch and crop\);"),
+        ({"image_size": 48, "image_fit": "crop"}, r"image_size \(32 and 48\), image_fit "),
+    ],
+)
+def test_members_that_see_other_pictures_are_refused_naming_the_difference(tmp_path, change, named):
+    _, one = _commit(tmp_path, tmp_path / "one", 1)
+    model = _config()
+    other = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, **change))
+    _, two = _commit(tmp_path, tmp_path / "two", 2, model=other)
+    with pytest.raises(CheckpointError, match=f"{one} and {two} cannot .* they differ in {named}"):
+        checkpoint.load(f"{one},{two}")
+
+
+def test_members_that_know_other_words_are_refused(tmp_path, monkeypatch):
+    _, one = _commit(tmp_path, tmp_path / "one", 1)
+    monkeypatch.setitem(globals(), "VOCABULARY", Vocabulary(["a", "circle", "red"]))
+    _, two = _commit(tmp_path, tmp_path / "two", 2)
+    with pytest.raises(CheckpointError, match="they differ in the vocabulary;"):
+        checkpoint.load(f"{one},{two}")
+
+
+def test_members_may_differ_in_their_decoders(tmp_path):
+    _, one = _commit(tmp_path, tmp_path / "one", 1)
+    small = {"name": "transformer", "num_heads": 2, "num_layers": 1, "feedforward_dim": 8}
+    _, two = _commit(tmp_path, tmp_path / "two", 2, model=_config(**small))
+    assert len(checkpoint.load(f"{one},{two}").members) == 2
+
+
+def test_a_second_checkpoint_of_a_step_never_touches_the_one_that_is_named(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    _, first = _commit(tmp_path, run, 1)
+    real = storage.write_bytes
+
+    def fail(uri, data):
+        if uri.endswith(checkpoint.STATE):
+            raise storage.StorageError("cut off")
+        real(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    with pytest.raises(storage.StorageError):
+        _commit(tmp_path, run, 1)
+    monkeypatch.undo()
+    assert checkpoint.load(checkpoint.find(str(run))).uri == first
+    _, second = _commit(tmp_path, run, 1, keep=1)
+    assert second != first and checkpoint.find(str(run)) == second
+    assert checkpoint.load(second).state.step == 1
+    assert storage.list_folders(str(run)) == [storage.name(second)]
+
+
+def test_the_pointers_stay_where_they_are_if_the_upload_is_not_whole(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    _, good = _commit(tmp_path, run, 1)
+    real = storage.write_bytes
+    monkeypatch.setattr(
+        storage,
+        "write_bytes",
+        lambda uri, data: real(uri, data[:-1] if uri.endswith(checkpoint.MODEL) else data),
+    )
+    with pytest.raises(storage.StorageError, match=r"model\.safetensors: \d+ bytes after"):
+        _commit(tmp_path, run, 2)
+    assert checkpoint.find(str(run)) == good
+
+
+def test_unfinished_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        _commit(tmp_path, run, step)
+    (run / checkpoint.folder_name(7)).mkdir()
+    (run / checkpoint.folder_name(7) / ".model.safetensors.x.part").write_bytes(b"half")
+    (run / ".latest.json.y.part").write_bytes(b"half")
+    _commit(tmp_path, run, 3)
+    assert storage.list_folders(str(run)) == [checkpoint.folder_name(n) for n in (2, 3)]
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == ["latest.json"]

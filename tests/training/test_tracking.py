@@ -1,14 +1,32 @@
+import io
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from caption_ray import config
 from caption_ray.training import tracking
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
 
+
+def _jpeg(level):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (level, level, level)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def _level(file):
+    return round(np.asarray(Image.open(file)).mean())
+
+
+TABLE = tracking.Table(
+    ["which", "picture", "caption", "score"],
+    [["best", _jpeg(250), "a cat", 1.5], ["worst", _jpeg(5), "a dog", 0.25]],
+)
 
 BLOCK, FULL, LAST = 32 * 1024, 1, 4
 
@@ -70,6 +88,26 @@ def test_wandb_offline_files_hold_what_was_logged(tmp_path, monkeypatch):
     assert saved["train"]["epochs"] == config.TrainConfig().epochs
 
 
+def test_wandb_offline_files_hold_a_table_and_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = tracking.start(_settings("wandb"), tmp_path, None)
+    tracker.log_table("val/captions", TABLE, 7)
+    tracker.finish()
+
+    (point,) = (point for point in _history(tmp_path) if "val/captions/_type" in point)
+    assert (point["val/captions/_type"], point["val/captions/nrows"]) == ("table-file", 2)
+    assert point["step"] == 7 and point["val/captions/pictures/count"] == 2
+    (sent,) = (r.artifact for r in _records(tmp_path) if r.HasField("artifact"))
+    files = {entry.path: Path(entry.local_path) for entry in sent.manifest.contents}
+    table = json.loads(files["val/captions.table.json"].read_text())
+    assert table["columns"] == TABLE.columns
+    rows = [[which, caption, score] for which, _, caption, score in table["data"]]
+    assert rows == [["best", "a cat", 1.5], ["worst", "a dog", 0.25]]
+    of_table = [files[row[1]["path"]] for row in table["data"]]
+    of_run = sorted(tmp_path.rglob("*.png"), key=_level, reverse=True)
+    assert [_level(file) for file in of_table] == [_level(file) for file in of_run] == [250, 5]
+
+
 def test_a_restart_continues_the_same_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     first = tracking.start(_settings("wandb"), tmp_path / "1", None)
@@ -87,17 +125,24 @@ def test_tensorboard_files_hold_what_was_logged(tmp_path):
     tracker = tracking.start(_settings("tensorboard"), tmp_path, None)
     tracker.log({"val/loss": 1.25}, 7)
     tracker.log_captions(PICTURES, ["a", "b"], ["c", "d"], 7)
+    tracker.log_table("val/captions", TABLE, 8)
     tracker.finish()
     events = EventAccumulator(str(tmp_path)).Reload()
     (point,) = events.Scalars("val/loss")
     assert (point.step, point.value) == (7, 1.25)
-    assert events.Tags()["images"] == ["captions/0", "captions/1"]
+    pictures = [f"val/captions/{row}/picture" for row in (0, 1)]
+    assert events.Tags()["images"] == ["captions/0", "captions/1", *pictures]
+    (shown,) = events.Images(pictures[1])
+    assert (shown.step, shown.width, shown.height) == (8, 8, 6)
+    (said,) = events.Tensors("val/captions/1/text_summary")
+    assert said.tensor_proto.string_val[0] == b"which: worst  \ncaption: a dog  \nscore: 0.25"
 
 
 def test_none_writes_nothing(tmp_path):
     tracker = tracking.start(_settings("none"), tmp_path, None)
     tracker.log({"x": 1.0}, 1)
     tracker.log_captions(PICTURES, ["a", "b"], ["c", "d"], 1)
+    tracker.log_table("captions", TABLE, 1)
     tracker.finish()
     assert list(tmp_path.iterdir()) == []
 

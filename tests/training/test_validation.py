@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -24,7 +25,9 @@ def saved(tiny_run, tmp_path):
 
 
 def _validate(uri, shards, limit=None):
-    return validation.validate(None, uri, ray.put(open_shards(shards)), limit, threads=1)
+    known = SimpleNamespace(path=f"as/ray/knows/it/{storage.name(uri)}")
+    run = storage.parent(uri)
+    return validation.validate(known, run, ray.put(open_shards(shards)), limit, threads=1)
 
 
 def test_it_finds_what_the_evaluation_of_the_split_finds(saved, shards, local_ray):
