@@ -358,7 +358,7 @@ def _start_as_spot_machine(node: hosts.RayHost, notice: Path) -> None:
     for ours, here in (
         ("--block ", f"--block {' '.join(node.options())} "),
         ("TIMEOUT_S=110", f"TIMEOUT_S={NOTICE}"),
-        ("/tmp/", f"{notice.parent}/"),
+        ("/tmp/ray-node.log", f"{notice.parent}/ray-node.log"),
     ):
         assert ours in command
         command = command.replace(ours, here)
