@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from caption_ray import storage
 from caption_ray.config import Config, SearchConfig, from_dict
+from caption_ray.data.ingest import READ_THREADS
 from caption_ray.data.pipeline import DataSet
 from caption_ray.data.tokenizer import tokenize
 from caption_ray.evaluation import evaluate, metrics, report
@@ -105,6 +107,10 @@ def describe(records: list[dict[str, Any]], dataset: DataSet, seconds: float) ->
         "different captions": float(len({tuple(words) for words in told})),
         "images per second": len(records) / seconds,
     }
+    if "train" in dataset.splits:
+        known = _training_captions(dataset)
+        novel = sum(tuple(words) not in known for words in told)
+        figures["share of novel captions"] = novel / len(told)
     pointing = Pointing(0, 0, 0.0)
     for record in records:
         if record.get("attention") is not None:
@@ -118,6 +124,15 @@ def describe(records: list[dict[str, Any]], dataset: DataSet, seconds: float) ->
     if drawn["true"] > 0:  # captions that follow the grammar of the drawn scenes
         figures |= {f"scenes {what}": share for what, share in drawn.items()}
     return figures
+
+
+def _training_captions(dataset: DataSet) -> set[tuple[str, ...]]:
+    """What people wrote in the training split, of which a captioner may know whole captions."""
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        units = threads.map(lambda unit: unit.captions(), dataset.splits["train"])
+        return {
+            tuple(tokenize(caption)) for unit in units for captions in unit for caption in captions
+        }
 
 
 def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str, name: str) -> None:

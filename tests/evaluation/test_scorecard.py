@@ -176,3 +176,17 @@ def test_the_job_names_what_is_wrong(tiny_run: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and str(tmp_path) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_captions_that_nobody_wrote_for_training_are_novel(shards: str, local_ray: None) -> None:
+    dataset = open_shards(shards)
+    units = [unit.captions() for unit in dataset.splits["train"]]
+    rows = [row for unit in dataset.splits["train"] for row in unit.read()]
+    assert [captions for unit in units for captions in unit] == [row["captions"] for row in rows]
+    known = rows[-1]["captions"][0]
+    told = [known, known.upper() + ".", "nobody ever wrote this", "nor this"]
+    records = [{"caption": caption, "objects": []} for caption in told]
+    figures = scorecard.describe(records, dataset, seconds=1.0)
+    assert figures["share of novel captions"] == 0.5
+    alone = dataclasses.replace(dataset, splits={"val": dataset.splits["val"]})
+    assert "share of novel captions" not in scorecard.describe(records, alone, seconds=1.0)
