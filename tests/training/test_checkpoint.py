@@ -275,7 +275,7 @@ def test_a_second_checkpoint_of_a_step_never_touches_the_one_that_is_named(tmp_p
         _commit(tmp_path, run, 1)
     monkeypatch.undo()
     assert checkpoint.load(checkpoint.find(str(run))).uri == first
-    _, second = _commit(tmp_path, run, 1, keep=1)
+    _, second = _commit(tmp_path, run, 1, keep=1, is_best=True)
     assert second != first and checkpoint.find(str(run)) == second
     assert checkpoint.load(second).state.step == 1
     assert storage.list_folders(str(run)) == [storage.name(second)]
@@ -298,10 +298,13 @@ def test_the_pointers_stay_where_they_are_if_the_upload_is_not_whole(tmp_path, m
 def test_unfinished_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
     run = tmp_path / "run"
     for step in (1, 2):
-        _commit(tmp_path, run, step)
+        _commit(tmp_path, run, step, is_best=True)
     (run / checkpoint.folder_name(7)).mkdir()
     (run / checkpoint.folder_name(7) / ".model.safetensors.x.part").write_bytes(b"half")
     (run / ".latest.json.y.part").write_bytes(b"half")
     _commit(tmp_path, run, 3)
     assert storage.list_folders(str(run)) == [checkpoint.folder_name(n) for n in (2, 3)]
-    assert sorted(path.name for path in run.iterdir() if path.is_file()) == ["latest.json"]
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == [
+        "best.json",
+        "latest.json",
+    ]
