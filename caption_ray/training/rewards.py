@@ -41,12 +41,10 @@ class RemoteRewards:
     """A `self_critical.Score` whose scores come from an actor on this node."""
 
     def __init__(self, cider: ray.ObjectRef, words: Sequence[str]) -> None:
-        here = ray.get_runtime_context().get_node_id()
-        near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
         # no CPU of its own: the node's were given to training and decoding, and it works while
         # training waits for the device
-        actor = ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)(Rewards)
-        self._actor = actor.options(scheduling_strategy=near).remote(cider, list(words))
+        actor = ray.remote(max_restarts=3, max_task_retries=3, **cluster.on_this_node())(Rewards)
+        self._actor = actor.remote(cider, list(words))
 
     def __call__(
         self, tokens: NDArray[np.int64], captions: Captions
