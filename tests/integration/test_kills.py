@@ -115,7 +115,7 @@ def saved(tmp_path_factory):
     for step in (1, 2, 3):
         torch.manual_seed(step)
         captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
-        state = checkpoint.State(step, 1, 0, {"val/loss": 1.0 / step}, None, 1.0 / step)
+        state = checkpoint.State(step, 1, 0, {"val/loss": 1.0 / step}, None)
         folder = tmp_path_factory.mktemp(f"step-{step}")
         optimizer = {"state": torch.zeros(PARTS if step == 2 else 9, dtype=torch.uint8)}
         ledger = np.ones(4, bool)

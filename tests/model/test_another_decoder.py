@@ -118,7 +118,7 @@ def test_it_is_trained_saved_and_searched_like_the_others(
     for _ in range(100):
         loop.train_step(captioner, loop.to_example(IMAGES, TOKENS, SIZE, CPU), optimizer, settings)
 
-    state = checkpoint.State(100, 1, 0, {}, None, None)
+    state = checkpoint.State(100, 1, 0, {}, None)
     search = SearchConfig(beam_size=3, max_length=6)
     checkpoint.save(
         tmp_path / "local", captioner, VOCABULARY, model, search, state,
