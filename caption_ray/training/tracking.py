@@ -85,6 +85,7 @@ class _WandB:
         self.id: str | None = self.run.id
         self.table = wandb.Table
         self.image = wandb.Image
+        self.teardown = wandb.teardown
         # everything is drawn over the optimizer step, also after a restart from an earlier one
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -116,6 +117,8 @@ class _WandB:
 
     def finish(self) -> None:
         self.run.finish()
+        # its service writes the last records after `finish` has returned; this waits for that
+        self.teardown()
 
 
 def _open(picture: bytes) -> Image.Image:
