@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def main() -> None:
 
 # serve ----------------------------------------------------------------------------------------
 
+BATCH_SIZE = app.Arguments().max_batch_size
+
 REQUESTS_PER_CLIENT = {1: 24, 8: 8, 32: 6}
 """Many clients need fewer each to fill many batches; above 32, 3."""
 
@@ -75,18 +78,15 @@ REQUESTS_PER_CLIENT = {1: 24, 8: 8, 32: 6}
 def benchmark_serve(options: Serve) -> None:
     picture = Path(options.picture).read_bytes() if options.picture else drawn_picture()
     with tempfile.TemporaryDirectory() as folder:
-        uri = options.checkpoint or untrained_checkpoint(Path(folder))
-        predictor = Predictor.from_uri(uri, torch.device("cuda" if has_cuda() else "cpu"))
-        batch_size = app.Arguments().max_batch_size
-        predictor.warm_up(batch_size)
-        with PlainServer(predictor.uri) as plain, RayServer(predictor.uri) as served:
-            servers = {"ray": served, "plain": plain}
-            rows = measure_serve(options, predictor, picture, servers, batch_size)
-    report_serve(rows, predictor)
+        uri = checkpoint.find(options.checkpoint or untrained_checkpoint(Path(folder)))
+        os.environ.update(cluster.SERVING_ENVIRONMENT)  # all three run under the same conditions
+        with Alone(uri, picture) as alone, PlainServer(uri) as plain, RayServer(uri) as served:
+            rows = measure_serve(options, alone, picture, {"ray": served, "plain": plain})
+            report_serve(rows, alone.description)
 
 
 def measure_serve(
-    options: Serve, predictor: Predictor, picture: bytes, servers: dict[str, str], batch_size: int
+    options: Serve, alone: Alone, picture: bytes, servers: dict[str, str]
 ) -> list[Row]:
     """Every server with every number of clients, each time between two measurements of the
     predictor alone: a machine's speed changes within minutes."""
@@ -94,8 +94,8 @@ def measure_serve(
     rows: list[Row] = []
 
     def measure_alone(clients: int) -> Result:
-        size = 1 if clients == 1 else batch_size
-        return alone(predictor, picture, size, max(2, (12 if size == 1 else 4) // share))
+        size = 1 if clients == 1 else BATCH_SIZE
+        return alone.measure(size, max(2, (12 if size == 1 else 4) // share))
 
     for _ in range(rounds):
         for clients in options.clients:
@@ -159,15 +159,44 @@ class Row:
         return self.result.p50_ms - (self.before.p50_ms + self.after.p50_ms) / 2
 
 
-def alone(predictor: Predictor, picture: bytes, batch_size: int, batches: int) -> Result:
-    """Bytes to captions in this process, nothing beside it."""
-    latencies = []
-    start = time.perf_counter()
-    for _ in range(batches):
-        before = time.perf_counter()
-        predictor.predict(np.stack([predictor.prepare(picture) for _ in range(batch_size)]))
-        latencies += [time.perf_counter() - before] * batch_size
-    return Result.of(time.perf_counter() - start, latencies, 0, 0)
+class Alone:
+    """The predictor in a process of its own: bytes to captions, nothing beside it."""
+
+    def __init__(self, uri: str, picture: bytes) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=run_alone, args=(uri, picture, theirs))
+
+    def __enter__(self) -> Alone:
+        self.process.start()
+        self.description: str = self.pipe.recv()
+        return self
+
+    def measure(self, batch_size: int, batches: int) -> Result:
+        self.pipe.send((batch_size, batches))
+        result: Result = self.pipe.recv()
+        return result
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def run_alone(uri: str, picture: bytes, pipe: Connection) -> None:
+    predictor = Predictor.from_uri(uri, torch.device("cuda" if has_cuda() else "cpu"))
+    predictor.warm_up(BATCH_SIZE)
+    encoder = predictor.encoder_config
+    device = f"{predictor.device}, {torch.get_num_threads()} threads"
+    pipe.send(f"{encoder.name} at {encoder.image_size} pixels, {predictor.search}, {device}")
+    while True:
+        batch_size, batches = pipe.recv()
+        latencies = []
+        start = time.perf_counter()
+        for _ in range(batches):
+            before = time.perf_counter()
+            predictor.predict(np.stack([predictor.prepare(picture) for _ in range(batch_size)]))
+            latencies += [time.perf_counter() - before] * batch_size
+        pipe.send(Result.of(time.perf_counter() - start, latencies, 0, 0))
 
 
 def ask(url: str, picture: bytes, clients: int, requests: int) -> Result:
@@ -202,13 +231,11 @@ def ask(url: str, picture: bytes, clients: int, requests: int) -> Result:
     return Result.of(seconds, latencies, counts["refused"], counts["failed"])
 
 
-def report_serve(rows: list[Row], predictor: Predictor) -> None:
-    encoder = predictor.encoder_config
-    device = f"{predictor.device}, {torch.get_num_threads()} threads"
-    print(f"\n{encoder.name} at {encoder.image_size} pixels, {predictor.search}, {device}")
+def report_serve(rows: list[Row], description: str) -> None:
+    print(f"\n{description}")
     heads = ("pictures/s", "of alone", "p50 ms", "p95 ms", "p99 ms", "added ms", "429", "failed")
     print(f"{'':12}" + "".join(f"{head:>14}" for head in heads))
-    record: dict[str, Any] = {"section": "serve", "encoder": encoder.name, "device": device}
+    record: dict[str, Any] = {"section": "serve", "model": description}
     for server, clients in dict.fromkeys((row.server, row.clients) for row in rows):
         mine = [row for row in rows if (row.server, row.clients) == (server, clients)]
         results = [row.result for row in mine]

@@ -166,12 +166,16 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": num_gpus,
-            "runtime_env": {"env_vars": cluster.WORKER_ENVIRONMENT},
+            "runtime_env": {"env_vars": cluster.SERVING_ENVIRONMENT},
         },
         user_config=serving.model_dump(),
     )(Captioner)
     ingress = serve.deployment(
-        max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 1}
+        max_ongoing_requests=INGRESS_REQUESTS,
+        ray_actor_options={
+            "num_cpus": 1,
+            "runtime_env": {"env_vars": cluster.SERVING_ENVIRONMENT},
+        },
     )(serve.ingress()(Ingress))
     return ingress.bind(
         captioner.bind(
