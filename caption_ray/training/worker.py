@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -348,6 +349,7 @@ class _Worker:
         Rank 0 writes; every rank reports, which is a barrier. Where uploads are slower than
         checkpoints come, training waits: what a failure costs stays bounded.
         """
+        begun = time.perf_counter()
         self.journal.require_finite(self.total_steps, self.epoch)
         seen = self.feed.shared_ledger()
         state = State(
@@ -390,6 +392,7 @@ class _Worker:
             checkpoint_upload_fn=upload,
             validation=to_validate and saved is not None,
         )
+        self.journal.wait("checkpoint", time.perf_counter() - begun)
 
     def finish(self) -> None:
         """Wait for what still goes on in the background, and close the tracker."""
