@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "caption_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RAY = {
+    "benchmark/memory.py",
+    "benchmark/serve.py",
     "cluster.py",
     "data/ingest.py",
     "data/pipeline.py",

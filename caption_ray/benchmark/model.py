@@ -1,0 +1,179 @@
+"""Training steps of the decoders, beside step loops as they are usually written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from caption_ray import config
+from caption_ray.benchmark import measuring
+from caption_ray.model.captioner import build_decoder
+from caption_ray.model.decoder import END, PAD, START, Decoder, DecoderOutput
+from caption_ray.model.loss import token_loss
+
+VOCABULARY = 5000
+
+CAPTIONS = 65
+"""Of a step: 13 pictures with 5 each (the original took 64)."""
+
+COCO_WORDS, COCO_SPREAD = 10.5, 2.2
+"""Mean and standard deviation of the words of COCO's captions; the longest in a batch has 20 or
+so."""
+
+PADDED = 49
+"""Steps of the original system, whatever the captions: START and the longest of all captions."""
+
+
+@dataclass
+class Model:
+    """A decoder's training step: forward, backward, optimizer; encoders are not in it."""
+
+    rounds: int = 5
+    """How often everything is measured."""
+    steps: int = 4
+    """Steps in each round."""
+    bfloat16: bool = False
+    """Under autocast; False: float32."""
+    quick: bool = False
+    """Two rounds of one step."""
+
+
+def run(options: Model) -> None:
+    rounds, steps = (2, 1) if options.quick else (options.rounds, options.steps)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if options.bfloat16 else None
+
+    def measure(title: str, ways: dict[str, Callable[[], float]], baseline: str) -> None:
+        def many(way: Callable[[], float]) -> Callable[[], float]:
+            return lambda: sum(way() for _ in range(steps))
+
+        rates = measuring.in_turn({name: many(way) for name, way in ways.items()}, rounds)
+        measuring.record(measuring.report("model", title, "captions", rates, baseline))
+
+    seed = replace(config.seed().model.decoder, dropout=0.0)
+    soft = replace(config.coco().model.decoder, dropout=0.0)
+    adaptive = replace(soft, name="adaptive")
+    threads = torch.get_num_threads()
+    for name, settings, regions, baseline in (
+        ("seed", seed, 64, original_output),
+        ("soft", soft, 196, reprojecting_output),
+    ):
+        decoder = build_decoder(settings, 2048, VOCABULARY).to(device)
+        batch = Batch.random(regions, device)
+        measure(
+            f"{name}: {regions} regions of 2048, {CAPTIONS} captions, {threads} threads",
+            {
+                "step loop": training(decoder, batch, baseline, dtype),
+                "caption_ray": training(decoder, batch, None, dtype),
+            },
+            "step loop",
+        )
+    batch = Batch.random(196, device)
+    measure(
+        f"soft and adaptive: 196 regions of 2048, {CAPTIONS} captions, {threads} threads",
+        {
+            kind.name: training(
+                build_decoder(kind, 2048, VOCABULARY).to(device), batch, None, dtype
+            )
+            for kind in (soft, adaptive)
+        },
+        "soft",
+    )
+
+
+@dataclass
+class Batch:
+    regions: Tensor
+    """(B, N, E)"""
+    tokens: Tensor
+    """int64 (B, K, L), padded as long as the original's"""
+
+    @classmethod
+    def random(cls, regions: int, device: torch.device) -> Batch:
+        rng = np.random.default_rng(0)
+        tokens = np.full((CAPTIONS // 5, 5, PADDED), PAD)
+        for caption in tokens.reshape(CAPTIONS, PADDED):
+            words = int(np.clip(rng.normal(COCO_WORDS, COCO_SPREAD), 6, 30))
+            caption[0], caption[words + 1] = START, END
+            caption[1 : words + 1] = rng.integers(3, VOCABULARY, words)
+        values = rng.random((CAPTIONS // 5, regions, 2048), np.float32)
+        return cls(torch.from_numpy(values).to(device), torch.from_numpy(tokens).to(device))
+
+
+Forward = Callable[[Decoder, Tensor, Tensor], DecoderOutput]
+
+
+def training(
+    decoder: Decoder, batch: Batch, forward: Forward | None, dtype: torch.dtype | None
+) -> Callable[[], float]:
+    """Steps of a copy of the decoder; forward: the decoder's own unless another is given."""
+    decoder = copy.deepcopy(decoder).train()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
+    tokens = batch.tokens
+    if forward is None:
+        longest = int((tokens != PAD).any((0, 1)).nonzero().max()) + 1
+        tokens = tokens[..., :longest]  # as training/loop.py does
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not None):
+            output = (forward or _own)(decoder, batch.regions, tokens)
+        loss(output, tokens).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return float(tokens.shape[0] * tokens.shape[1])
+
+    return step
+
+
+def _own(decoder: Decoder, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+    output: DecoderOutput = decoder(regions, tokens)
+    return output
+
+
+def loss(output: DecoderOutput, tokens: Tensor) -> Tensor:
+    """Nats per real word."""
+    targets = tokens[..., 1:][output.mask]
+    return token_loss(output.logits, targets)[0] / len(targets)
+
+
+# Baselines --------------------------------------------------------------------------------------
+
+
+def original_output(decoder: Decoder, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+    """As the original system computes it: every caption has regions of its own, which each step
+    projects again, and every one of the padded steps predicts the whole vocabulary."""
+    pictures, k, _ = tokens.shape
+    return _step_loop(
+        decoder, regions.repeat_interleave(k, dim=0), tokens.flatten(0, 1)[:, None], pictures
+    )
+
+
+def reprojecting_output(decoder: Decoder, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+    """A loop up to the batch's longest caption, in which each step projects the regions again and
+    predicts the vocabulary for every caption; captions of a picture share its regions."""
+    longest = int((tokens != PAD).any((0, 1)).nonzero().max()) + 1
+    output = _step_loop(decoder, regions, tokens[..., :longest], len(regions))
+    rest = tokens.shape[-1] - longest
+    return output._replace(mask=F.pad(output.mask, (0, rest)))
+
+
+def _step_loop(decoder: Decoder, regions: Tensor, tokens: Tensor, pictures: int) -> DecoderOutput:
+    state = decoder.initial_state(decoder.prepare(regions), tokens.shape[1])
+    logits, attentions = [], []
+    for words in tokens[..., :-1].unbind(-1):
+        output, state, attention = decoder.step(words, state, decoder.prepare(regions))
+        logits.append(output)
+        attentions.append(attention)
+    mask = tokens[..., 1:] != PAD
+    shape = (pictures, -1, mask.shape[-1])
+    return DecoderOutput(
+        torch.stack(logits, dim=2)[mask],
+        torch.stack(attentions, dim=2).reshape(*shape, regions.shape[1]),
+        mask.reshape(shape),
+    )
