@@ -11,10 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
 
-from caption_ray.benchmark import checkpoint, memory, model, serve
+from caption_ray.benchmark import checkpoint, memory, model, search, serve
 
 SECTIONS = {
     "model": (model.Model, model.run),
+    "search": (search.Search, search.run),
     "serve": (serve.Serve, serve.run),
     "checkpoint": (checkpoint.Checkpoint, checkpoint.run),
     "memory": (memory.Memory, memory.run),
