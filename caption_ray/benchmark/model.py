@@ -60,19 +60,21 @@ def run(options: Model) -> None:
     soft = replace(config.coco().model.decoder, dropout=0.0)
     adaptive = replace(soft, name="adaptive")
     threads = torch.get_num_threads()
-    for name, settings, regions, baseline in (
-        ("seed", seed, 64, original_output),
-        ("soft", soft, 196, reprojecting_output),
+    own = ("step loop, regions per caption", per_caption_output)
+    shared = ("step loop, regions per picture", reprojecting_output)
+    for name, settings, regions, loops in (
+        ("seed", seed, 64, (("original step loop", original_output),)),
+        ("soft", soft, 196, (own, shared)),
     ):
         decoder = build_decoder(settings, 2048, VOCABULARY).to(device)
         batch = Batch.random(regions, device)
         measure(
             f"{name}: {regions} regions of 2048, {CAPTIONS} captions, {threads} threads",
             {
-                "step loop": training(decoder, batch, baseline, dtype),
+                **{way: training(decoder, batch, baseline, dtype) for way, baseline in loops},
                 "caption_ray": training(decoder, batch, None, dtype),
             },
-            "step loop",
+            loops[0][0],
         )
     batch = Batch.random(196, device)
     measure(
@@ -152,6 +154,14 @@ def original_output(decoder: Decoder, regions: Tensor, tokens: Tensor) -> Decode
     return _step_loop(
         decoder, regions.repeat_interleave(k, dim=0), tokens.flatten(0, 1)[:, None], pictures
     )
+
+
+def per_caption_output(decoder: Decoder, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+    """A loop up to the batch's longest caption, as usually written: every caption has regions of
+    its own, which each step projects again."""
+    longest = int((tokens != PAD).any((0, 1)).nonzero().max()) + 1
+    output = original_output(decoder, regions, tokens[..., :longest])
+    return output._replace(mask=F.pad(output.mask, (0, tokens.shape[-1] - longest)))
 
 
 def reprojecting_output(decoder: Decoder, regions: Tensor, tokens: Tensor) -> DecoderOutput:

@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig
+from caption_ray.model.attention import additive_scores
 from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State, StepOutput
+from caption_ray.model.recurrence import Packing, narrowed, placed
 
 
 class AdaptiveAttentionDecoder(Decoder):
     """Spatial attention with a visual sentinel (Lu et al., 1612.01887, sections 2.2 and 2.3).
 
     The LSTM reads words and the whole picture, and does not wait for what is attended to. So in
-    training it runs over all steps in one call, and so does everything after it.
+    training it runs over all steps in one call.
     """
 
     def __init__(self, config: DecoderConfig, region_dim: int, vocab_size: int) -> None:
@@ -70,13 +72,19 @@ class AdaptiveAttentionDecoder(Decoder):
         before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
         gate = self.sentinel_gate(torch.cat([rows, before], dim=-1)).sigmoid()
         sentinel = gate * self._cells(rows, before).tanh()
-        real = mask[..., :longest]
-        hidden, sentinel = (part.reshape(batch, k * longest, -1) for part in (hidden, sentinel))
-        mixed, attention = self._attend(hidden, sentinel, memory)
-        mixed = mixed.view(batch, k, longest, -1)[real]  # (M, H)
-        attention = attention.view(batch, k, longest, -1)
-        attention = F.pad(attention, (0, 0, 0, mask.shape[-1] - longest))
-        return DecoderOutput(self.output(self.dropout(mixed)), attention, mask)
+
+        # Attention, too, could take all steps at once; a step at a time, what it writes down fits
+        # the processor's cache.
+        packing = Packing(mask)
+        memory = Memory(memory.regions[packing.images], memory.keys[packing.images])
+        both = torch.cat([hidden, sentinel], dim=-1).view(batch, k, longest, -1)
+        found = []
+        for step in packing.steps(packing.rows(both)):
+            parts: State = step.chunk(2, dim=-1)
+            parts, memory = narrowed(parts, memory, *parts[0].shape[:2])
+            found.append(self._attend(parts[0], parts[1], memory))
+        mixed, attention = (packing.words(list(steps)) for steps in zip(*found, strict=True))
+        return DecoderOutput(self.output(self.dropout(mixed)), placed(attention, mask), mask)
 
     def _entering(self, tokens: Tensor, memory: Memory) -> Tensor:
         """The LSTM's input (B, K, T, 2 D): words (B, K, T), and the whole picture with each."""
@@ -107,8 +115,7 @@ class AdaptiveAttentionDecoder(Decoder):
         """What the logits are read from, (B, Q, H), and the regions' weights, (B, Q, N), of
         hidden states and sentinels (B, Q, H)."""
         query = self.query(hidden)  # (B, Q, A)
-        match = (query.unsqueeze(2) + memory.keys.unsqueeze(1)).tanh()  # (B, Q, N, A)
-        scores = self.score(match).squeeze(-1)  # (B, Q, N)
+        scores = additive_scores(query, memory.keys, self.score.weight)  # (B, Q, N)
         rest = self.score((query + self.sentinel_key(sentinel)).tanh())  # (B, Q, 1)
         attention = scores.softmax(dim=-1)
         trust = torch.cat([scores, rest], dim=-1).softmax(dim=-1)[..., -1:]  # beta, (B, Q, 1)

@@ -54,7 +54,7 @@ class DecoderOutput(NamedTuple):
     logits: Tensor
     """(M, V), for the real target words only, in the order of `tokens[..., 1:][mask]`."""
     attention: Tensor
-    """(B, K, L - 1, N); zero after the batch's longest caption."""
+    """(B, K, L - 1, N); zero after a caption's end."""
     mask: Tensor
     """Bool (B, K, L - 1): the steps whose target is a real word, END included."""
 

@@ -5,6 +5,9 @@ Shapes as in decoder.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 from caption_ray.config import DecoderConfig
 from caption_ray.model.attention import AdditiveAttention
 from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State, StepOutput
+from caption_ray.model.recurrence import OverTime, Packing, narrowed, placed
+
+Map: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class SoftAttentionDecoder(Decoder):
@@ -70,43 +76,49 @@ class SoftAttentionDecoder(Decoder):
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
         words = self.dropout(self.embedding(tokens))  # (B, K, D)
-        state, context, attention = self._advance(self.from_word(words), state, memory)
+        state, context, attention = self._advance(
+            self.from_word(words), state, memory, self.from_hidden, self.from_context
+        )
         return StepOutput(self._logits(words, state[0], context), state, attention)
 
     def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
-        # At least one step: a batch without words, too, gives every weight a gradient (of zero),
-        # which other workers wait for.
-        longest = max(1, int(mask.sum(dim=-1).max()))
-        words = self.dropout(self.embedding(tokens[..., :longest]))  # (B, K, T, D)
-        memory = self.prepare(regions)
+        packing = Packing(mask)
+        words = self.dropout(self.embedding(packing.rows(tokens)))  # (R, D)
+        memory = self.prepare(regions[packing.images])
         state = self.initial_state(memory, tokens.shape[1])
+        maps = OverTime(self.from_hidden), OverTime(self.from_context)
 
         hiddens, contexts, attentions = [], [], []
-        for word in self.from_word(words).unbind(dim=2):
-            state, context, attention = self._advance(word, state, memory)
+        for word in packing.steps(self.from_word(words)):
+            state, memory = narrowed(state, memory, *word.shape[:2])
+            state, context, attention = self._advance(word, state, memory, *maps)
             hiddens.append(state[0])
             contexts.append(context)
             attentions.append(attention)
 
-        real = mask[..., :longest]
-        hidden, context = (torch.stack(steps, dim=2)[real] for steps in (hiddens, contexts))
-        logits = self._logits(words[real], hidden, context)  # (M, V)
-        attention = torch.stack(attentions, dim=2)  # (B, K, T, N)
-        attention = F.pad(attention, (0, 0, 0, mask.shape[-1] - longest))
-        return DecoderOutput(logits, attention, mask)
+        hidden, context, attention = map(packing.words, (hiddens, contexts, attentions))
+        logits = self._logits(words[packing.real], hidden, context)  # (M, V)
+        return DecoderOutput(logits, placed(attention, mask), mask)
 
-    def _advance(self, word: Tensor, state: State, memory: Memory) -> tuple[State, Tensor, Tensor]:
+    def _advance(
+        self,
+        word: Tensor,
+        state: State,
+        memory: Memory,
+        from_hidden: Map,
+        from_context: Map,
+    ) -> tuple[State, Tensor, Tensor]:
         """The recurrent part of a step: state, gated context (B, K, E) and attention (B, K, N).
 
         word (B, K, gates * H): the words' part of the cell's input.
         """
-        query, gate, recurrent = self.from_hidden(state[0]).split(self.from_hidden_dims, dim=-1)
+        query, gate, recurrent = torch.split(from_hidden(state[0]), self.from_hidden_dims, dim=-1)
         context, attention = self.attention(query, memory.keys, memory.regions)
         if self.config.gate:
             context = gate.sigmoid() * context
         cell = _lstm if self.config.cell == "lstm" else _gru
-        return cell(word + self.from_context(context), recurrent, state), context, attention
+        return cell(word + from_context(context), recurrent, state), context, attention
 
     def _logits(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """Logits (..., V) of the words before (..., D), states (..., H) and contexts (..., E)."""

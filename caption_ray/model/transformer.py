@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig
 from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State, StepOutput
+from caption_ray.model.recurrence import placed
 
 MAX_POSITIONS = 128
 """Longest caption, in tokens, that has learnt positions."""
@@ -61,8 +62,9 @@ class TransformerDecoder(Decoder):
         memory = self.prepare(regions)
         state = self.initial_state(memory, tokens.shape[1])
         hidden, _, attention = self._run(tokens[..., :longest], state, memory)
-        logits = self.output(self.norm(hidden[mask[..., :longest]]))  # (M, V)
-        return DecoderOutput(logits, F.pad(attention, (0, 0, 0, mask.shape[-1] - longest)), mask)
+        real = mask[..., :longest]
+        logits = self.output(self.norm(hidden[real]))  # (M, V)
+        return DecoderOutput(logits, placed(attention[real], mask), mask)
 
     def _run(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor]:
         """Hidden (B, K, T, D), state and the last layer's attention (B, K, T, N) of new tokens

@@ -15,9 +15,10 @@ from caption_ray.model.captioner import build_decoder
     [
         (config.seed().model.decoder, model.original_output),
         (config.coco().model.decoder, model.reprojecting_output),
+        (config.coco().model.decoder, model.per_caption_output),
         (replace(config.coco().model.decoder, name="adaptive"), model.reprojecting_output),
     ],
-    ids=["seed", "soft", "adaptive"],
+    ids=["seed", "soft", "soft-per-caption", "adaptive"],
 )
 def test_the_step_loop_has_the_decoders_loss_and_gradients(settings, baseline):
     torch.manual_seed(0)

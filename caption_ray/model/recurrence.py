@@ -1,0 +1,156 @@
+"""Recurrences in training: no step for a caption that is over, no weight's gradient per step.
+
+Shapes: B images, K captions per image, T steps of the longest caption, M real words, R rows: the
+captions of all steps, those that are computed although they are over included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from caption_ray.model.decoder import Memory, State
+
+
+class Packing:
+    """Captions in an order in which each step needs only the first images and, of these, the first
+    captions: the images of the longest captions first, and the longest caption of each image first.
+
+    So every step is a plain slice. Of COCO's captions, five to an image, it leaves out nine tenths
+    of the steps after a caption's end.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        """mask: bool (B, K, L - 1), true for the real words, which come first."""
+        lengths, self.captions = mask.sum(dim=-1).sort(dim=1, descending=True)
+        self.images = lengths[:, 0].argsort(descending=True)  # (B,)
+        """The images in this order."""
+        self.captions = self.captions[self.images]  # (B, K)
+        """Of each of these images, its captions in this order."""
+        lengths = lengths[self.images].cpu()
+        steps = max(1, int(lengths[0, 0]))  # a batch without words takes one, for its gradients
+        after = torch.arange(steps).view(-1, 1)
+        images = (lengths[:, 0] > after).sum(dim=1)
+        captions = (lengths.amax(dim=0) > after).sum(dim=1)
+        images[0], captions[0] = lengths.shape
+        self.sizes: list[tuple[int, int]] = list(
+            zip(images.tolist(), captions.tolist(), strict=True)
+        )
+        """Images and captions of each step."""
+        self.row_counts = [b * k for b, k in self.sizes]
+
+        device = mask.device
+        image, caption, step = mask.nonzero().unbind(dim=1)
+        image_place = self.images.argsort()  # the inverse orders
+        caption_place = self.captions.argsort(dim=1)[image_place]
+        starts = (images * captions).cumsum(0) - images * captions
+        self.real = (
+            starts.to(device)[step]
+            + image_place[image] * captions.to(device)[step]
+            + caption_place[image, caption]
+        )
+        """Where, among the rows, the real words stand, int64 (M,), in the order of the mask."""
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Rows (R, ...) of what belongs to each word, (B, K, >= T, ...) as in the mask."""
+        ordered = values[self.images.unsqueeze(1), self.captions]
+        return torch.cat(
+            [ordered[:b, :k, step].flatten(0, 1) for step, (b, k) in enumerate(self.sizes)]
+        )
+
+    def steps(self, rows: Tensor) -> list[Tensor]:
+        """The rows (R, ...) of each step, (b, k, ...)."""
+        parts = torch.split(rows, self.row_counts)
+        return [
+            part.view(*size, *part.shape[1:]) for part, size in zip(parts, self.sizes, strict=True)
+        ]
+
+    def words(self, steps: list[Tensor]) -> Tensor:
+        """What steps (b, k, ...) found for the real words, (M, ...)."""
+        return torch.cat([step.flatten(0, 1) for step in steps])[self.real]
+
+
+def narrowed(state: State, memory: Memory, images: int, captions: int) -> tuple[State, Memory]:
+    """State and memory of the first images and captions; as they are if there are no others, since
+    the gradient of a slice is a whole tensor."""
+    if images < len(memory.regions):
+        summary = None if memory.summary is None else memory.summary[:images]
+        memory = Memory(memory.regions[:images], memory.keys[:images], summary)
+    if (images, captions) != state[0].shape[:2]:
+        state = tuple(part[:images, :captions] for part in state)
+    return state, memory
+
+
+def placed(words: Tensor, mask: Tensor) -> Tensor:
+    """What belongs to the real words, (M, ...), where the mask (B, K, L - 1) has them; else 0."""
+    whole = words.new_zeros(*mask.shape, *words.shape[1:])
+    whole[mask] = words
+    return whole
+
+
+class OverTime:
+    """A linear map of each step of one pass.
+
+    Its weight's gradient is the sum over all steps: here one product of what entered all steps with
+    what came back to them, where autograd would write a matrix for each step, and add.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        weight, bias = linear.weight, linear.bias
+        self._tape: list[tuple[Tensor, Tensor]] = []
+        self._token: Tensor = _Sum.apply(weight, bias, self._tape)
+        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
+        kind = weight.device.type
+        if torch.is_autocast_enabled(kind):  # once, not at each step
+            dtype = torch.get_autocast_dtype(kind)
+            self._weight = self._weight.to(dtype)
+            self._bias = None if self._bias is None else self._bias.to(dtype)
+
+    def __call__(self, entering: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        entering = entering.to(self._weight.dtype)
+        result: Tensor = _Step.apply(entering, self._token, self._weight, self._bias, self._tape)
+        return result
+
+
+class _Step(torch.autograd.Function):
+    """One step of a linear map: its input's gradient, and a note on the tape."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, entering: Tensor, token: Tensor, weight: Tensor, bias: Tensor | None,
+        tape: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:  # fmt: skip
+        ctx.tape = tape
+        ctx.save_for_backward(entering, token, weight)
+        return F.linear(entering, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        entering, token, weight = ctx.saved_tensors
+        ctx.tape.append((entering.flatten(0, -2), gradient.flatten(0, -2)))
+        return gradient @ weight, torch.zeros_like(token), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The root of all steps, which autograd comes back to when all of them are done."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, tape: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        ctx.tape, ctx.dtype, ctx.has_bias = tape, weight.dtype, bias is not None
+        return weight.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        entered, gradients = (torch.cat(parts) for parts in zip(*ctx.tape, strict=True))
+        ctx.tape.clear()
+        weight = (gradients.t() @ entered).to(ctx.dtype)
+        return weight, gradients.sum(dim=0).to(ctx.dtype) if ctx.has_bias else None, None
