@@ -136,9 +136,9 @@ def one_image_at_a_time(
                 parents.append(parent)
                 words_of.append([*said[parent], word])
                 scores.append(value)
-        if not parents or (ended and max(ended)[0] >= scores[0]):
-            break
         live, said = scores, words_of
+        if not live or (ended and max(ended)[0] >= live[0]):
+            break
         state = tuple(part[:, parents] for part in state)
     return max(ended + list(zip(live, said, strict=True)))[1][1:]
 
