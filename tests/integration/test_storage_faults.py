@@ -51,8 +51,8 @@ def test_an_object_in_parts_survives_faults(bucket, proxy):
     proxy.rates = {fault: 0.06 for fault in ("drop", "500", "503", "429", "truncate", "corrupt")}
     data, uri = _bytes(20 << 20), storage.join(bucket, "large")
     storage.write_bytes(uri, data)
-    assert storage.read_bytes(uri) == data
-    assert proxy.injected.total() >= 3
+    while proxy.injected.total() < 6:  # parts come in any order, and not every fault suits each
+        assert storage.read_bytes(uri) == data
 
 
 @pytest.mark.parametrize(
