@@ -74,6 +74,11 @@ class DataConfig(_Strict):
     """CPUs that each training worker may use for reading and decoding; None: its share of the
     cluster's CPUs that training leaves free."""
 
+    features: Literal["auto", "on", "off"] = "auto"
+    """Whether training reads what the frozen encoder made of each picture, computed once and kept
+    beside the shards (float16), instead of pictures. `auto`: where that gives the same and pays: an
+    encoder that does not train, no random crops or flips, shards, and more than one epoch."""
+
     shapes_train: int = 6000
     """Scenes in the training split of `shapes`."""
 

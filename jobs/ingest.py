@@ -1,17 +1,17 @@
 """Turn pictures and captions into shuffled shards: `python jobs/ingest.py --source URI --out URI`.
 
-The source is COCO 2017 as the world has it (zips by URL, path or bucket, unpacked folders, raw
-JPEGs with their annotation JSON) or any set in the same layout. Run it again to complete an
-ingest that was interrupted.
+The source is COCO 2017 as the world has it (zips by URL, path or bucket, unpacked folders, JPEGs
+and annotations) or a set in the same layout. Run it again to complete an interrupted ingest.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tyro
 
-from caption_ray import cluster, storage
+from caption_ray import cluster, config, storage
 from caption_ray.data import ingest, sources
+from caption_ray.training import feature_cache
 
 
 @dataclass
@@ -31,13 +31,20 @@ class Arguments:
     """URI of Karpathy's dataset_coco.json: use his splits instead of COCO's."""
     seed: int = 0
     """Seed of the shuffle over shards."""
+    features: bool = False
+    """Compute what a frozen encoder makes of the pictures: runs that neither train it nor augment
+    read that (and would compute it themselves)."""
+    encoder: config.EncoderConfig = field(default_factory=config.EncoderConfig)
+    """The encoder of these features: as --model.encoder of the training."""
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = vars(tyro.cli(Arguments, description=__doc__))
+    with_features, encoder = arguments.pop("features"), arguments.pop("encoder")
     cluster.connect()
     try:
-        index = ingest.ingest(**vars(arguments))
+        index = ingest.ingest(**arguments)
+        encoded = feature_cache.encode_shards(arguments["out"], encoder) if with_features else {}
     except (ValueError, storage.StorageError) as error:
         raise SystemExit(f"error: {error}") from None
     for split in index.splits:
@@ -45,8 +52,8 @@ def main() -> None:
         megabytes = sum(shard.bytes for shard in shards) / 1e6
         print(f"{split}: {sum(index.rows(split))} images, {len(shards)} shards, {megabytes:.1f} MB")
     reasons = Counter(entry.reason for entry in index.left_out)
-    print(f"left out: {sum(reasons.values())} {dict(reasons) if reasons else ''}")
-    print(f"Next: python jobs/train.py coco --data.shards {arguments.out}")
+    print(f"features: {encoded or 'none'}; left out: {dict(reasons) or 'none'}")
+    print(f"Next: python jobs/train.py coco --data.shards {arguments['out']}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ RAY = {
     "cluster.py",
     "data/ingest.py",
     "data/pipeline.py",
+    "training/feature_cache.py",
     "training/rewards.py",
     "training/interruption.py",
     "training/trainer.py",

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from caption_ray import storage
 from caption_ray.config import DataConfig, EncoderConfig
-from caption_ray.data import shards, transforms
+from caption_ray.data import features, shards, transforms
 from caption_ray.data.ingest import READ_THREADS, plan_digest, read_index, to_row
 from caption_ray.data.plan import Piece
 from caption_ray.data.shards import Index, Shard
@@ -91,11 +91,40 @@ class RawImages:
 
 
 @dataclass(frozen=True)
+class FeatureFile:
+    """A unit of reading: what a frozen encoder made of the pictures of a shard, row by row."""
+
+    uri: str
+    shard: Shard
+    pictures: ShardFile
+
+    @property
+    def rows(self) -> int:
+        return self.shard.rows
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, verified, with regions float16 (N, E) as `image`; DamagedError if they are not
+        what was written."""
+        try:
+            data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
+        except storage.DamagedError as error:
+            raise storage.DamagedError(f"{error}: delete it, and it is made again") from None
+        return features.from_bytes(data)
+
+    def captions(self) -> list[list[str]]:
+        """What people wrote of each picture."""
+        return self.pictures.captions()
+
+
+Unit: TypeAlias = ShardFile | RawImages | FeatureFile
+
+
+@dataclass(frozen=True)
 class DataSet:
     """The splits of a data set as units of reading, and the words of its training captions."""
 
     uri: str
-    splits: dict[str, list[ShardFile] | list[RawImages]]
+    splits: Mapping[str, Sequence[Unit]]
     word_counts: dict[str, int]
     digest: str
     """Of which pictures with which captions stand where: what an epoch's ledger refers to."""
@@ -124,7 +153,7 @@ def open_shards(uri: str) -> DataSet:
 
 def open_source(uri: str, *, seed: int) -> DataSet:
     """The pictures of a COCO layout as they lie, without ingest, in a shuffled order."""
-    splits: dict[str, list[ShardFile] | list[RawImages]] = {}
+    splits: dict[str, list[Unit]] = {}
     counts: dict[str, int] = {}
     order_of: dict[str, list[list[Record]]] = {}
     for split, content in find_splits(uri).items():
@@ -159,37 +188,47 @@ class Preparation:
     """Whether what people wrote comes along as text, whole."""
 
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        """One row of a shard as arrays: image uint8 (3, S, S), tokens int32 (K, L).
+        """One row of a shard as arrays: image uint8 (3, S, S), tokens int32 (K, L). Of a feature
+        shard's row, `image` stays what it is: regions float16 (N, E).
 
         A picture that cannot be decoded gives a black one without tokens, which adds nothing to
         any loss, and `error` says why.
         """
-        size, rng = self.encoder.image_size, None
+        rng = None
         if self.augment is not None:
             rng = np.random.default_rng([*self.augment, 2, number])
         tokens = np.zeros((self.data.captions_per_image, self.data.caption_length), np.int32)
-        square, error = np.zeros((3, size, size), np.uint8), row["error"]
         captions: list[str] = row["captions"]
         text = ""
-        if error is None:
-            try:
-                square = transforms.to_chw(self._square(row["image"], captions, rng))
-            except transforms.ImageError as problem:
-                error = str(problem)
-            else:
-                text = json.dumps(captions) if self.with_captions else ""
-                if rng is not None and len(captions) > len(tokens):
-                    captions = [captions[i] for i in rng.permutation(len(captions))]
-                for line, caption in zip(tokens, captions, strict=False):
-                    line[:] = self.vocabulary.encode(caption, self.data.caption_length)
+        image, error = self._image(row, rng)
+        if not error:
+            text = json.dumps(captions) if self.with_captions else ""
+            if rng is not None and len(captions) > len(tokens):
+                captions = [captions[i] for i in rng.permutation(len(captions))]
+            for line, caption in zip(tokens, captions, strict=False):
+                line[:] = self.vocabulary.encode(caption, self.data.caption_length)
         return {
-            "image": square,
+            "image": image,
             "tokens": tokens,
             "number": number,
             "image_id": row["image_id"],
             "captions": text,
-            "error": f"{row['file_name']}: {error}" if error else "",
+            "error": error,
         }
+
+    def _image(
+        self, row: dict[str, Any], rng: np.random.Generator | None
+    ) -> tuple[NDArray[Any], str]:
+        """The picture or its regions, and why they could not be had."""
+        if isinstance(row["image"], np.ndarray):
+            return row["image"], row["error"] or ""
+        size, error = self.encoder.image_size, row["error"]
+        if error is None:
+            try:
+                return transforms.to_chw(self._square(row["image"], row["captions"], rng)), ""
+            except transforms.ImageError as problem:
+                error = str(problem)
+        return np.zeros((3, size, size), np.uint8), f"{row['file_name']}: {error}"
 
     def _square(
         self, data: bytes, captions: Sequence[str], rng: np.random.Generator | None
@@ -211,12 +250,19 @@ def _to_block(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table(columns)
 
 
-class _Pieces(Datasource):
+class Pieces(Datasource):
     """One read task per piece, which reads, decodes and tokenises and yields blocks."""
 
-    def __init__(self, units: Sequence[ShardFile | RawImages], pieces: list[Piece], prepare: Any):
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        pieces: list[Piece],
+        prepare: Preparation,
+        block_rows: int | None = BLOCK_ROWS,
+    ):
+        """block_rows: None for one block a piece."""
         super().__init__()
-        self.units, self.pieces = units, pieces
+        self.units, self.pieces, self.block_rows = units, pieces, block_rows
         # once for all tasks: it holds the vocabulary
         self.prepare = ray.put(prepare)
 
@@ -226,7 +272,9 @@ class _Pieces(Datasource):
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         return [
             ReadTask(
-                functools.partial(_read_piece, self.units[piece.shard], piece, self.prepare),
+                functools.partial(
+                    _read_piece, self.units[piece.shard], piece, self.prepare, self.block_rows
+                ),
                 BlockMetadata(len(piece.rows), None, None, None),
             )
             for piece in self.pieces
@@ -234,12 +282,13 @@ class _Pieces(Datasource):
 
 
 def _read_piece(
-    unit: ShardFile | RawImages, piece: Piece, prepare: ray.ObjectRef
+    unit: Unit, piece: Piece, prepare: ray.ObjectRef, block_rows: int | None
 ) -> Iterable[pa.Table]:
     preparation: Preparation = ray.get(prepare)
     rows = unit.read()
-    for start in range(0, len(piece.rows), BLOCK_ROWS):
-        part = piece.rows[start : start + BLOCK_ROWS]
+    step = block_rows or len(piece.rows)
+    for start in range(0, len(piece.rows), step):
+        part = piece.rows[start : start + step]
         yield _to_block([preparation(rows[i], piece.first + int(i)) for i in part])
 
 
@@ -248,11 +297,12 @@ def _read_piece(
 
 @dataclass
 class Batch:
-    """What one step sees. images uint8 (B, 3, S, S), tokens int32 (B, K, L), numbers int64 (B,)
-    of the pictures in their split, image_ids int64 (B,), errors: the unreadable ones, captions:
-    what people wrote, if Preparation was told to bring it."""
+    """What one step sees. images uint8 (B, 3, S, S), or what a frozen encoder made of them, float16
+    (B, N, E); tokens int32 (B, K, L), numbers int64 (B,) of the pictures in their split, image_ids
+    int64 (B,), errors: the unreadable ones, captions: what people wrote, if Preparation was told to
+    bring it."""
 
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8] | NDArray[np.float16]
     tokens: NDArray[np.int32]
     numbers: NDArray[np.int64]
     image_ids: NDArray[np.int64]
@@ -261,7 +311,7 @@ class Batch:
 
 
 def batches(
-    units: Sequence[ShardFile | RawImages],
+    units: Sequence[Unit],
     pieces: list[Piece],
     prepare: Preparation,
     *,
@@ -277,7 +327,7 @@ def batches(
     context.execution_options.preserve_order = keep_order
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
-            _Pieces(units, pieces, prepare),
+            Pieces(units, pieces, prepare),
             override_num_blocks=len(pieces),
         )
         stream = dataset.iter_batches(

@@ -45,22 +45,22 @@ class Captioner(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
 
-    def forward(
-        self,
-        images: Tensor,
-        tokens: Tensor,
-        own_words: float = 0.0,
-        regions: Tensor | None = None,
-    ) -> DecoderOutput:
-        """Predict each word of tokens, int64 (B, K, L), from images, uint8 (B, 3, S, S), and the
-        words before it; an image is encoded once for its K captions.
+    def encode(self, images: Tensor) -> Tensor:
+        """Regions (B, N, E) of images, uint8 (B, 3, S, S). What the encoder made of them before,
+        float (B, N, E), stays what it is, for an encoder that does not train."""
+        if images.is_floating_point():
+            return images.float()
+        regions: Tensor = self.encoder(images)
+        return regions
+
+    def forward(self, images: Tensor, tokens: Tensor, own_words: float = 0.0) -> DecoderOutput:
+        """Predict each word of tokens, int64 (B, K, L), from images, as `encode` takes them, and
+        the words before it; an image is encoded once for its K captions.
 
         own_words: share of those words that are drawn from the model's own predictions instead
-        (scheduled sampling). regions (B, N, E): what the encoder made of the images, if that is
-        known already and the encoder does not train.
+        (scheduled sampling).
         """
-        if regions is None:
-            regions = self.encoder(images)
+        regions = self.encode(images)
         if own_words > 0:
             tokens = self._with_own_words(regions, tokens, own_words)
         output: DecoderOutput = self.decoder(regions, tokens)
@@ -86,9 +86,10 @@ class Captioner(nn.Module):
     def begin(
         self, images: Tensor, k: int, decoder_steps: Mapping[Decoder, DecoderStep]
     ) -> tuple[StepFn, State]:
-        """What a search starts from: the step function of images, uint8 (B, 3, S, S), and the state
-        of K sequences of each before their first word. `decoder_steps`: as for search.generate."""
-        memory = self.decoder.prepare(self.encoder(images))
+        """What a search starts from: the step function of images, as `encode` takes them, and the
+        state of K sequences of each before their first word. `decoder_steps`: as for
+        search.generate."""
+        memory = self.decoder.prepare(self.encode(images))
         step = decoder_steps.get(self.decoder, self.decoder.step)
         state = self.decoder.initial_state(memory, k)
         return lambda tokens, state: step(tokens, state, memory), state

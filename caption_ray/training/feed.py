@@ -13,7 +13,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from caption_ray.config import Config
-from caption_ray.data.pipeline import Batch, DataSet, Preparation, TooManyBadImages, batches
+from caption_ray.data.pipeline import (
+    Batch,
+    DataSet,
+    FeatureFile,
+    Preparation,
+    TooManyBadImages,
+    batches,
+)
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.training import loop
@@ -85,6 +92,16 @@ class Feed:
         """This rank's share of the validation split, as stored."""
         return self._batches("val", None)
 
+    def samples(self, count: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """The first pictures of the validation split, at most `count`, to look at: uint8
+        (count, 3, S, S), and one caption of each that a person wrote."""
+        unit = self.dataset.splits["val"][0]
+        pictures = unit.pictures if isinstance(unit, FeatureFile) else unit
+        prepare = self._preparation(None)
+        rows = [prepare(row, number) for number, row in enumerate(pictures.read()[:count])]
+        references = [self.vocabulary.decode(row["tokens"][0].tolist()) for row in rows]
+        return np.stack([row["image"] for row in rows]), references
+
     def to_example(self, batch: Batch | None) -> loop.Example:
         """The batch on the device; None gives a stand-in that weighs nothing."""
         images, tokens = (batch.images, batch.tokens) if batch is not None else (None, None)
@@ -132,16 +149,19 @@ class Feed:
         return batches(
             self.dataset.splits[split],
             pieces,
-            Preparation(
-                self.config.model.encoder,
-                data,
-                self.vocabulary,
-                shuffle,
-                with_captions=train.stage == "self-critical",
-            ),
+            self._preparation(shuffle),
             batch_size=train.batch_size,
             cpus=self.decode_cpus,
             keep_order=train.deterministic or epoch is None,
+        )
+
+    def _preparation(self, augment: tuple[int, int] | None) -> Preparation:
+        return Preparation(
+            self.config.model.encoder,
+            self.config.data,
+            self.vocabulary,
+            augment,
+            with_captions=self.config.train.stage == "self-critical",
         )
 
     def _note_errors(self, errors: list[str], epoch: int) -> None:

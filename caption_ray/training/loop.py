@@ -38,7 +38,7 @@ class Example:
     """What one step of one worker sees, on its device."""
 
     images: Tensor
-    """uint8 (B, 3, S, S)"""
+    """uint8 (B, 3, S, S), or what a frozen encoder made of them, float16 (B, N, E)"""
     tokens: Tensor
     """int64 (B, K, L), cut at the longest caption"""
     weight: float
@@ -109,7 +109,7 @@ def gathered(items: list[str]) -> list[str]:
 
 
 def to_example(
-    images: NDArray[np.uint8] | None,
+    images: NDArray[np.uint8] | NDArray[np.float16] | None,
     tokens: NDArray[np.int32] | None,
     image_size: int,
     device: torch.device,

@@ -12,7 +12,7 @@ import ray
 from numpy.typing import NDArray
 
 from caption_ray import cluster
-from caption_ray.data.pipeline import DataSet, RawImages, ShardFile
+from caption_ray.data.pipeline import DataSet, Unit
 from caption_ray.evaluation.metrics import CiderD
 from caption_ray.training.self_critical import Captions, Rewards, as_scored
 
@@ -33,7 +33,7 @@ def document_frequencies(dataset: DataSet) -> CiderD:
 
 
 @ray.remote(num_cpus=1, max_retries=3)
-def _count(unit: ShardFile | RawImages) -> CiderD:
+def _count(unit: Unit) -> CiderD:
     return CiderD([list(map(as_scored, captions)) for captions in unit.captions() if captions])
 
 

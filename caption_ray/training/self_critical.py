@@ -113,14 +113,14 @@ def train_step(
     device = example.images.device
     mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
     with mixed, torch.no_grad():
-        regions = captioner.encoder(example.images)
+        regions = captioner.encode(example.images)
         drawn = draw(captioner, regions, settings.samples_per_image, max_length, generator)
     waiting = score(drawn.cpu().numpy(), captions) if example.weight else None
     start = torch.full((*drawn.shape[:2], 1), START, device=device)
     tokens = torch.cat([start, drawn], dim=-1)  # (B, K, L)
     frozen = not any(parameter.requires_grad for parameter in captioner.encoder.parameters())
     with mixed:
-        output = model(example.images, tokens, regions=regions if frozen else None)
+        output = model(regions if frozen else example.images, tokens)
     likelihood = log_likelihood(output.logits, drawn[output.mask], output.mask)  # (B, K)
 
     asked = time.perf_counter()

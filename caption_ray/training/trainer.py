@@ -27,7 +27,15 @@ from caption_ray.config import Config, from_dict, to_dict
 from caption_ray.data.ingest import ensure_shapes
 from caption_ray.data.pipeline import DataSet, open_shards, open_source
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.training import checkpoint, console, interruption, rewards, validation
+from caption_ray.training import (
+    checkpoint,
+    console,
+    feature_cache,
+    interruption,
+    rewards,
+    validation,
+)
+from caption_ray.training.initial import initial_captioner
 from caption_ray.training.journal import read_history
 from caption_ray.training.worker import FAILURE_FILE, Job, work
 
@@ -64,6 +72,7 @@ def train(config: Config) -> Finished:
     or SIGTERM, and Ray's TrainingFailedError when workers die more often than allowed.
     """
     config = _settle(config)
+    reads_features = feature_cache.is_wanted(config)
     assert config.run.name is not None
     run = storage.join(config.run.storage, config.run.name)
     dataset = open_data(config)
@@ -81,7 +90,9 @@ def train(config: Config) -> Finished:
     )
     resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if gpus else {})
     storage.delete(storage.join(run, FAILURE_FILE))
-    shared = ray.put(dataset)
+    pictures = shared = ray.put(dataset)
+    if reads_features:
+        shared = ray.put(_with_features(config, dataset, len(vocabulary)))
     cider = None
     if config.train.stage == "self-critical":
         cider = ray.put(rewards.document_frequencies(dataset))
@@ -96,7 +107,7 @@ def train(config: Config) -> Finished:
             torch_config=TorchConfig(
                 backend=None if config.train.backend == "auto" else config.train.backend
             ),
-            validation_config=_validation(config, run, shared, gpus),
+            validation_config=_validation(config, run, pictures, gpus),
             scaling_config=ScalingConfig(
                 num_workers=most if least is None else (least, most),
                 use_gpu=bool(gpus),
@@ -194,6 +205,15 @@ def _validation(config: Config, run: str, dataset: ray.ObjectRef, gpus: int) -> 
             "num_gpus": num_gpus,
             "runtime_env": {"env_vars": cluster.WORKER_ENVIRONMENT},
         },
+    )
+
+
+def _with_features(config: Config, dataset: DataSet, vocab_size: int) -> DataSet:
+    return feature_cache.with_features(
+        dataset,
+        initial_captioner(config, vocab_size).encoder,
+        config.model.encoder,
+        limits={"train": config.data.max_images, "val": config.train.validation_images},
     )
 
 

@@ -7,28 +7,29 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
+from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from caption_ray import cluster, storage
 from caption_ray.config import Config
-from caption_ray.data.pipeline import Batch, DataSet, TooManyBadImages
+from caption_ray.data.pipeline import DataSet, TooManyBadImages
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.model.captioner import Captioner, build_captioner
-from caption_ray.model.encoder import is_weights_uri
+from caption_ray.model.captioner import Captioner
 from caption_ray.model.search import generate
 from caption_ray.training import checkpoint, loop, self_critical, validation
 from caption_ray.training.checkpoint import State
 from caption_ray.training.console import Console
 from caption_ray.training.feed import Fed, Feed
+from caption_ray.training.initial import initial_captioner
 from caption_ray.training.interruption import Interruptions, StopSwitch, Wish
 from caption_ray.training.journal import HISTORY_FILE, Journal
 from caption_ray.training.rewards import RemoteRewards
@@ -50,6 +51,7 @@ class Job:
     run: str
     """URI of the run's folder."""
     dataset: ray.ObjectRef
+    """DataSet, of pictures or of features."""
     vocabulary: Vocabulary
     console: Console
     cider: ray.ObjectRef | None
@@ -135,7 +137,8 @@ class _Worker:
         """The captioner with its initial weights, the same on every rank, and what trains it."""
         train = self.config.train
         loop.set_determinism(train.seed, train.deterministic)
-        self.captioner = self._initial_captioner().to(self.device)
+        captioner = initial_captioner(self.config, len(self.job.vocabulary))
+        self.captioner = captioner.to(self.device)
         self.model = ray.train.torch.prepare_model(self.captioner, move_to_device=self.device)
         self.average = loop.averaged(self.captioner, train.ema_decay)
         self.optimizer = torch.optim.AdamW(
@@ -149,23 +152,6 @@ class _Worker:
         if self.job.cider is not None:
             self.rewards = RemoteRewards(self.job.cider, self.job.vocabulary.words)
             self.generator = torch.Generator(self.device)
-
-    def _initial_captioner(self) -> Captioner:
-        start = self.config.train.start_from
-        if start is not None:
-            model, words = self.config.model, len(self.job.vocabulary)
-            captioner = build_captioner(model, words, None, pretrained=False)
-            checkpoint.load_weights(start, captioner)
-            return captioner
-        encoder = self.config.model.encoder
-        local: str | None = None
-        with tempfile.TemporaryDirectory() as folder:
-            if is_weights_uri(encoder.weights):
-                uri = storage.resolve(encoder.weights)
-                local = str(storage.download(uri, Path(folder, storage.name(uri))))
-            return build_captioner(
-                self.config.model, len(self.job.vocabulary), local, pretrained=True
-            )
 
     def _decode_cpus(self) -> float:
         if self.config.data.decode_workers is not None:
@@ -296,31 +282,18 @@ class _Worker:
         self.checkpoint(to_validate=True)
 
     def _validation_loss(self) -> dict[str, float]:
-        shown: list[Batch] = []
-
-        def examples() -> Iterator[loop.Example]:
-            for batch in self.feed.validation():
-                if not shown:
-                    shown.append(batch)
-                yield self.feed.to_example(batch)
-
-        sums = loop.validate(self.learnt, examples(), self.autocast)
+        examples = (self.feed.to_example(batch) for batch in self.feed.validation())
+        sums = loop.validate(self.learnt, examples, self.autocast)
         total = (sums or loop.Sums.zero(self.device)).reduced()
-        if self.is_chief and shown:
-            self._show_captions(shown[0])
+        if self.is_chief and self.config.train.sample_captions:
+            self._show_captions(*self.feed.samples(self.config.train.sample_captions))
         return total.losses(self.config.data.caption_length)
 
-    def _show_captions(self, batch: Batch) -> None:
-        count = self.config.train.sample_captions
-        images, tokens = batch.images[:count], batch.tokens[:count]
-        if not len(images):
-            return
+    def _show_captions(self, images: NDArray[np.uint8], references: list[str]) -> None:
         search = replace(self.config.search, beam_size=1, temperature=0.0)
         self.learnt.eval()
         found = generate(self.learnt, torch.tensor(images, device=self.device), search, 1)
-        decode = self.job.vocabulary.decode
-        captions = [decode(line) for line in found.tokens[:, 0].tolist()]
-        references = [decode(lines[0].tolist()) for lines in tokens]
+        captions = [self.job.vocabulary.decode(line) for line in found.tokens[:, 0].tolist()]
         assert self.journal.tracker is not None
         self.journal.tracker.log_captions(images, captions, references, self.total_steps)
 

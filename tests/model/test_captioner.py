@@ -167,5 +167,5 @@ def test_known_regions_spare_the_encoder(monkeypatch: pytest.MonkeyPatch) -> Non
     captioner, (images, tokens) = build(SMALL).eval(), batch()
     regions, expected = captioner.encoder(images), captioner(images, tokens)
     monkeypatch.setattr(captioner.encoder, "forward", lambda _: pytest.fail("encoded again"))
-    found = captioner(images, tokens, regions=regions)
+    found = captioner(regions, tokens)
     torch.testing.assert_close(found.logits, expected.logits)

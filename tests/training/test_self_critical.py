@@ -139,6 +139,22 @@ def test_equal_rewards_move_nothing():
         torch.testing.assert_close(value, before[name], msg=name, atol=1e-6, rtol=0)
 
 
+def test_known_features_teach_what_their_pictures_do():
+    found = []
+    for known in (False, True):
+        captioner = _captioner()
+        captioner.encoder.requires_grad_(False)
+        self_critical.as_policy(captioner)
+        example = _example()
+        if known:
+            example.images = captioner.encoder(example.images)
+        optimizer = torch.optim.SGD(captioner.decoder.parameters(), lr=1.0)
+        sums, norm, _ = _step(captioner, _likes(6), _settings(), example, optimizer)
+        found.append((sums.nll, norm, captioner.decoder.output_bias.detach()))
+    assert float(found[0][1]) > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_a_stand_in_batch_is_not_scored_and_moves_nothing():
     captioner = _captioner()
     self_critical.as_policy(captioner)

@@ -1,0 +1,302 @@
+"""What a frozen encoder makes of each picture, computed once: a Ray Data job that writes feature
+shards beside the picture shards, and the data set that training reads instead.
+
+Features lie below `features/KEY`, and KEY is the digest of all that they depend on: the pictures,
+what becomes of one before the encoder sees it, and the encoder with its weights. So whatever
+changes, other features are made, and stale ones are never read. A feature shard counts once its
+receipt is there; an interrupted job is completed by the next one, which also adds what an earlier
+one was not asked for (`data.max_images`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy
+
+from caption_ray import cluster, storage
+from caption_ray.config import Config, DataConfig, EncoderConfig, from_dict, require
+from caption_ray.data import features
+from caption_ray.data.pipeline import (
+    DataSet,
+    FeatureFile,
+    Pieces,
+    Preparation,
+    ShardFile,
+    Unit,
+    open_shards,
+)
+from caption_ray.data.plan import plan_epoch
+from caption_ray.data.shards import Shard
+from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.model.encoder import Encoder, build_encoder
+from caption_ray.training.initial import initial_encoder
+
+FOLDER = "features"
+ABOUT_FILE = "about.json"
+"""What a folder of features was made of, for people to read."""
+
+BATCH_SIZE = 32
+"""Pictures that the encoder sees at a time."""
+
+RECEIPT_THREADS = 16
+"""Receipts that are read at a time."""
+
+
+def is_wanted(config: Config) -> bool:
+    """Whether training is to read features. ValueError where `data.features` demands what cannot
+    be."""
+    reason = _reason_against(config)
+    if config.data.features == "on" and reason is not None:
+        raise ValueError(f"--data.features is 'on', but {reason}; give --data.features off")
+    if config.data.features == "auto":
+        return reason is None and config.train.epochs > 1
+    return config.data.features == "on"
+
+
+def _reason_against(config: Config) -> str | None:
+    """Why features would not be the same as pictures."""
+    data, stage = config.data, config.model.encoder.trainable_from
+    if stage != "none":
+        return f"the encoder trains (--model.encoder.trainable-from {stage})"
+    if data.flip:
+        return "pictures are mirrored at random (--data.flip True)"
+    if data.min_crop < 1:
+        return f"pictures are cropped at random (--data.min-crop {data.min_crop})"
+    if data.source is not None:
+        return (
+            f"the pictures of --data.source {data.source} have no digests by which features could "
+            "be known to be theirs (run jobs/ingest.py, and give --data.shards)"
+        )
+    return None
+
+
+def encode_shards(uri: str, config: EncoderConfig) -> dict[str, int]:
+    """Make the features of all training and validation pictures of the shards below `uri`, which
+    every run with such a frozen encoder then reads; how many pictures of each split have them.
+
+    Raises ValueError for an encoder that cannot be, or without weights.
+    """
+    require(
+        config.weights != "none",
+        "encoder.weights",
+        config.weights,
+        "no run could have the same random ones; give the weights that training will name",
+    )
+    dataset = open_shards(uri)
+    limits = {split: None for split in ("train", "val") if split in dataset.splits}
+    with_features(dataset, initial_encoder(config), config, limits=limits)
+    return {split: sum(dataset.rows(split)) for split in limits}
+
+
+def with_features(
+    dataset: DataSet,
+    encoder: Encoder,
+    config: EncoderConfig,
+    *,
+    limits: Mapping[str, int | None],
+    progress: bool = True,
+) -> DataSet:
+    """`dataset` with features in the place of its pictures, made first where they are not there.
+
+    limits: the splits that are wanted, and how many of each one's first pictures (None: all); what
+    lies beyond them stays a picture. The encoder works on the cluster's GPUs, or CPUs if it has
+    none. Raises ValueError where a feature is too large for float16.
+    """
+    about = _about(dataset, encoder, config)
+    folder = storage.join(dataset.uri, FOLDER, _key(about))
+    wanted = {split: _units(dataset, split, limit) for split, limit in limits.items()}
+    found = {split: _receipts(storage.join(folder, split)) for split in wanted}
+    missing = {
+        split: [number for number in numbers if _name(number) not in found[split]]
+        for split, numbers in wanted.items()
+    }
+    if any(missing.values()):
+        storage.write_bytes(storage.join(folder, ABOUT_FILE), json.dumps(about, indent=1).encode())
+        rows = sum(dataset.rows(split)[n] for split, numbers in missing.items() for n in numbers)
+        size = rows * math.prod(encoder.grid) * encoder.region_dim * np.float16().itemsize
+        print(
+            f"Encoding {rows} pictures once, into {folder} ({size / 1e9:.1f} GB; --data.features "
+            "off does without)",
+            flush=True,
+        )
+        shared = ray.put((config, encoder.state_dict()))
+        with cluster.progress_bar(rows, "encode", progress) as bar:
+            for split, numbers in missing.items():
+                for name, shard in _encode(dataset, split, numbers, folder, config, shared):
+                    found[split][name] = shard
+                    bar.update(shard.rows)
+    splits: dict[str, list[Unit]] = {split: list(units) for split, units in dataset.splits.items()}
+    for split, numbers in wanted.items():
+        for number in numbers:
+            pictures, shard = splits[split][number], found[split][_name(number)]
+            assert isinstance(pictures, ShardFile)
+            uri = storage.join(folder, split, shard.file)
+            splits[split][number] = FeatureFile(uri, shard, pictures)
+    return dataclasses.replace(dataset, splits=splits)
+
+
+def _about(dataset: DataSet, encoder: Encoder, config: EncoderConfig) -> dict[str, Any]:
+    """All that the features depend on."""
+    pictures = hashlib.sha256(dataset.digest.encode())
+    for units in dataset.splits.values():
+        for unit in units:
+            assert isinstance(unit, ShardFile)
+            pictures.update(unit.shard.digest.encode())
+    weights = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.cpu().contiguous().numpy().tobytes())
+    return {
+        "format": features.FORMAT,
+        "pictures": pictures.hexdigest(),
+        "encoder": config.name,
+        "weights": weights.hexdigest(),
+        "image_size": config.image_size,
+        "image_fit": config.image_fit,
+        "grid": list(encoder.grid),
+        "region_dim": encoder.region_dim,
+    }
+
+
+def _key(about: Mapping[str, Any]) -> str:
+    return storage.digest(json.dumps(about, sort_keys=True).encode())[:16]
+
+
+def _units(dataset: DataSet, split: str, limit: int | None) -> list[int]:
+    """Numbers of the units that hold the first `limit` pictures."""
+    pieces = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
+    return [piece.shard for piece in pieces]
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}"
+
+
+def _receipts(folder: str) -> dict[str, Shard]:
+    """The finished feature shards of a split, by name."""
+    uris = [uri for uri in storage.list_files(folder) if uri.endswith(".json")]
+    with ThreadPoolExecutor(RECEIPT_THREADS) as threads:
+        read = list(threads.map(storage.read_bytes, uris))
+    return {
+        storage.name(uri).removesuffix(".json"): from_dict(Shard, json.loads(data), uri)
+        for uri, data in zip(uris, read, strict=True)
+    }
+
+
+# The job --------------------------------------------------------------------------------------
+
+
+def _encode(
+    dataset: DataSet,
+    split: str,
+    numbers: list[int],
+    folder: str,
+    config: EncoderConfig,
+    encoder: ray.ObjectRef,
+) -> Iterator[tuple[str, Shard]]:
+    """Encode these units of a split; name and receipt of each feature shard as it is finished."""
+    if not numbers:
+        return
+    pieces = [
+        piece
+        for piece in plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None)
+        if piece.shard in set(numbers)
+    ]
+    names = {piece.first: _name(piece.shard) for piece in pieces}
+    # captions come as text, whole; words play no part here
+    untouched = DataConfig(captions_per_image=1, min_crop=1.0, flip=False)
+    prepare = Preparation(config, untouched, Vocabulary([]), None, with_captions=True)
+    gpus = cluster.num_gpus()
+    # On CPUs, equal claims let Ray Data read and encode in one process; if it does not, both find
+    # room.
+    actors = min(len(pieces), gpus or max(1, int(cluster.num_cpus())))
+    resources = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.5}
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = None  # a block is a shard: it is written as a whole
+    with ray.data.DataContext.current(context):
+        blocks = ray.data.read_datasource(
+            Pieces(dataset.splits[split], pieces, prepare, block_rows=None),
+            override_num_blocks=len(pieces),
+            ray_remote_args={"num_cpus": 1 if gpus else 0.5},
+        )
+        receipts = blocks.map_batches(
+            _Encode,
+            batch_size=None,
+            batch_format="numpy",
+            fn_constructor_args=(encoder, storage.join(folder, split), names),
+            compute=ActorPoolStrategy(size=actors),
+            **resources,
+        )
+        try:
+            for row in receipts.iter_rows():
+                if row["error"] is not None:
+                    raise row["error"]
+                yield row["name"], Shard(row["file"], row["rows"], row["bytes"], row["digest"])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause or error from None  # the reason, without the stack of the worker
+
+
+class _Encode:
+    """Encodes shards and writes them."""
+
+    def __init__(self, encoder: Any, folder: str, names: dict[int, str]) -> None:
+        """names: of the shards, by the number of their first picture."""
+        config, weights = ray.get(encoder) if isinstance(encoder, ray.ObjectRef) else encoder
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.encoder = build_encoder(dataclasses.replace(config, weights="none"), None)
+        self.encoder.load_state_dict(weights)
+        self.encoder.eval().to(self.device)
+        self.folder, self.names = folder, names
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
+        """The receipt of the feature shard of these pictures, once both are written, or the reason
+        why they are not: Ray Data would only hand on its text."""
+        name, shard, problem = self.names[int(block["number"][0])], Shard("", 0, 0, ""), None
+        try:
+            shard = self._write(name, block)
+        except (ValueError, storage.StorageError) as error:
+            problem = error
+        found = {"name": name, **dataclasses.asdict(shard), "error": problem}
+        return {key: [value] for key, value in found.items()}
+
+    def _write(self, name: str, block: dict[str, Any]) -> Shard:
+        data = features.to_bytes(
+            self._regions(block["image"]),
+            block["image_id"],
+            [json.loads(text) if text else [] for text in block["captions"]],
+            list(block["error"]),
+        )
+        digest = storage.digest(data)
+        # named by its content: who makes the same at the same time may get other last bits
+        shard = Shard(f"{name}-{digest[:12]}.arrow", len(block["number"]), len(data), digest)
+        storage.write_bytes(storage.join(self.folder, shard.file), data)
+        receipt = json.dumps(dataclasses.asdict(shard), indent=1)
+        storage.write_bytes(storage.join(self.folder, f"{name}.json"), receipt.encode())
+        return shard
+
+    @torch.inference_mode()
+    def _regions(self, images: NDArray[np.uint8]) -> NDArray[np.float16]:
+        """float16 (rows, N, E) of uint8 (rows, 3, S, S), computed in float32."""
+        parts = [
+            self.encoder(torch.tensor(images[start : start + BATCH_SIZE]).to(self.device)).half()
+            for start in range(0, len(images), BATCH_SIZE)
+        ]
+        regions = torch.cat(parts)
+        if not torch.isfinite(regions).all():
+            raise ValueError(
+                "--data.features: the encoder gives features that are not finite in float16; give "
+                "--data.features off"
+            )
+        found: NDArray[np.float16] = regions.cpu().numpy()
+        return found
