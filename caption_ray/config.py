@@ -70,9 +70,15 @@ class DataConfig(_Strict):
     max_bad_images: float = 0.01
     """Share of an epoch's pictures that may be unreadable before the run stops, naming them."""
 
+    decode: Literal["auto", "near", "far"] = "auto"
+    """Where pictures are decoded: `near`, in threads of the training worker, which spares moving
+    them decoded; `far`, in Ray tasks on any node. `auto`: near, unless other nodes have more CPUs
+    for it than the worker's own."""
+
     decode_workers: int | None = None
-    """CPUs that each training worker may use for reading and decoding; None: its share of the
-    cluster's CPUs that training leaves free."""
+    """CPUs that each training worker may use for reading and far decoding, and threads for near
+    decoding; None: its share of the cluster's CPUs that training leaves free, and of the cores of
+    its node."""
 
     features: Literal["auto", "on", "off"] = "auto"
     """Whether training reads what the frozen encoder made of each picture, computed once and kept

@@ -11,9 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
 
-from caption_ray.benchmark import checkpoint, memory, model, search, serve
+from caption_ray.benchmark import checkpoint, decode, memory, model, pipeline, search, serve
 
 SECTIONS = {
+    "decode": (decode.Decode, decode.run),
+    "pipeline": (pipeline.Pipeline, pipeline.run),
     "model": (model.Model, model.run),
     "search": (search.Search, search.run),
     "serve": (serve.Serve, serve.run),

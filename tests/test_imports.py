@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 RAY = {
     "benchmark/memory.py",
+    "benchmark/pipeline.py",
     "benchmark/serve.py",
     "cluster.py",
     "data/ingest.py",

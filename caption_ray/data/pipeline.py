@@ -2,17 +2,19 @@
 
 Each training worker builds its own dataset for each epoch from `plan_epoch`: which pictures it
 reads is then a pure function of (seed, epoch, rank), nothing is dropped to make the shares equal,
-and an interrupted epoch can be continued with what is left of it. Reading and decoding are one
-Ray Data task per shard, so that encoded bytes never cross the object store; decoded pictures
-leave it as uint8 tensors of fixed shape.
+and an interrupted epoch can be continued with what is left of it. A shard is one Ray Data task,
+which reads and tokenises. Pictures are decoded there as well (far: on any node, and they cross the
+object store as uint8 tensors of fixed shape) or in threads of the process that wants the batches
+(near: what crosses is encoded, a fifth of the bytes or less). Batches are the same either way.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -38,6 +40,16 @@ BLOCK_ROWS = 64
 """Pictures in one block on the object store: small enough to stream, large enough to be cheap."""
 
 
+COLUMNS = ("image_id", "file_name", "image", "captions", "error")
+"""What training reads of a shard; boxes and the like cost time."""
+
+AHEAD = 2
+"""Batches that are decoded, or being decoded, before they are asked for."""
+
+TOGETHER = 4
+"""Pictures that a decoding thread takes at a time."""
+
+
 class TooManyBadImages(RuntimeError):
     """More pictures of an epoch were unreadable than `data.max_bad_images` allows."""
 
@@ -53,7 +65,7 @@ class ShardFile:
     def rows(self) -> int:
         return self.shard.rows
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """All rows, verified against the index; DamagedError naming the shard if they differ."""
         try:
             data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
@@ -61,7 +73,7 @@ class ShardFile:
             raise storage.DamagedError(
                 f"{error}: not what the index names; ingest again into an empty folder"
             ) from None
-        rows: list[dict[str, Any]] = shards.from_bytes(data).to_pylist()
+        rows: list[dict[str, Any]] = shards.from_bytes(data, columns).to_pylist()
         return rows
 
     def captions(self) -> list[list[str]]:
@@ -80,8 +92,8 @@ class RawImages:
     def rows(self) -> int:
         return len(self.records)
 
-    def read(self) -> list[dict[str, Any]]:
-        """All rows; unreadable pictures have an `error` instead of an `image`."""
+    def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """All rows, always whole; unreadable pictures have an `error` instead of an `image`."""
         with ThreadPoolExecutor(READ_THREADS) as threads:
             return list(threads.map(lambda record: to_row(record, None), self.records))
 
@@ -102,9 +114,9 @@ class FeatureFile:
     def rows(self) -> int:
         return self.shard.rows
 
-    def read(self) -> list[dict[str, Any]]:
-        """All rows, verified, with regions float16 (N, E) as `image`; DamagedError if they are not
-        what was written."""
+    def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """All rows, always whole, verified, with regions float16 (N, E) as `image`; DamagedError if
+        they are not what was written."""
         try:
             data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
         except storage.DamagedError as error:
@@ -187,82 +199,92 @@ class Preparation:
     with_captions: bool = False
     """Whether what people wrote comes along as text, whole."""
 
-    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any], number: int, decode: bool = True) -> dict[str, Any]:
         """One row of a shard as arrays: image uint8 (3, S, S), tokens int32 (K, L). Of a feature
         shard's row, `image` stays what it is: regions float16 (N, E).
 
         A picture that cannot be decoded gives a black one without tokens, which adds nothing to
-        any loss, and `error` says why.
+        any loss, and `error` says why. Without `decode`, `image` is what is left to decode, with
+        `square`.
         """
-        rng = None
-        if self.augment is not None:
-            rng = np.random.default_rng([*self.augment, 2, number])
-        tokens = np.zeros((self.data.captions_per_image, self.data.caption_length), np.int32)
         captions: list[str] = row["captions"]
-        text = ""
-        image, error = self._image(row, rng)
-        if not error:
-            text = json.dumps(captions) if self.with_captions else ""
-            if rng is not None and len(captions) > len(tokens):
-                captions = [captions[i] for i in rng.permutation(len(captions))]
-            for line, caption in zip(tokens, captions, strict=False):
-                line[:] = self.vocabulary.encode(caption, self.data.caption_length)
-        return {
-            "image": image,
-            "tokens": tokens,
+        prepared = {
+            "image": row["image"],
+            "tokens": np.zeros((self.data.captions_per_image, self.data.caption_length), np.int32),
             "number": number,
             "image_id": row["image_id"],
-            "captions": text,
-            "error": error,
+            "file_name": row.get("file_name", ""),
+            "flip": self.data.flip and not transforms.mentions_side(captions),
+            "captions": json.dumps(captions) if self.with_captions else "",
+            "error": row["error"] or "",
         }
-
-    def _image(
-        self, row: dict[str, Any], rng: np.random.Generator | None
-    ) -> tuple[NDArray[Any], str]:
-        """The picture or its regions, and why they could not be had."""
+        if self.augment is not None and len(captions) > self.data.captions_per_image:
+            rng = np.random.default_rng([*self.augment, 2, number])
+            captions = [captions[i] for i in rng.permutation(len(captions))]
+        for line, caption in zip(prepared["tokens"], captions, strict=False):
+            line[:] = self.vocabulary.encode(caption, self.data.caption_length)
         if isinstance(row["image"], np.ndarray):
-            return row["image"], row["error"] or ""
-        size, error = self.encoder.image_size, row["error"]
-        if error is None:
+            if row["error"]:
+                _blank(prepared, row["error"])
+        elif decode:
+            size = self.encoder.image_size
+            prepared["image"] = np.empty((3, size, size), np.uint8)
+            self.square(row["image"], prepared, prepared["image"])
+        return prepared
+
+    def square(self, data: bytes | None, prepared: dict[str, Any], out: NDArray[np.uint8]) -> None:
+        """Decode the picture of a row that was prepared without into `out`, uint8 (3, S, S)."""
+        error = prepared["error"]
+        if not error:
             try:
-                return transforms.to_chw(self._square(row["image"], row["captions"], rng)), ""
+                assert data is not None
+                out[:] = self._decode(data, prepared).transpose(2, 0, 1)
+                return
             except transforms.ImageError as problem:
                 error = str(problem)
-        return np.zeros((3, size, size), np.uint8), f"{row['file_name']}: {error}"
+        out[:] = 0
+        _blank(prepared, f"{prepared['file_name']}: {error}")
 
-    def _square(
-        self, data: bytes, captions: Sequence[str], rng: np.random.Generator | None
-    ) -> NDArray[np.uint8]:
+    def _decode(self, data: bytes, prepared: dict[str, Any]) -> NDArray[np.uint8]:
         image, size = transforms.decode(data), self.encoder.image_size
-        if rng is None or (self.data.min_crop == 1 and not self.data.flip):
+        if self.augment is None or (self.data.min_crop == 1 and not self.data.flip):
             return transforms.fit(image, size, self.encoder.image_fit)
-        flip = self.data.flip and not transforms.mentions_side(captions)
-        return transforms.augment(image, size, self.data.min_crop, flip, rng)
+        rng = np.random.default_rng([*self.augment, 3, prepared["number"]])
+        return transforms.augment(image, size, self.data.min_crop, prepared["flip"], rng)
+
+
+def _blank(prepared: dict[str, Any], error: str) -> None:
+    """Have the row weigh nothing, and say why."""
+    prepared["tokens"][:] = 0
+    prepared["captions"], prepared["error"] = "", error
 
 
 def _to_block(rows: list[dict[str, Any]]) -> pa.Table:
-    columns: dict[str, Any] = {
-        name: ArrowTensorArray.from_numpy(np.stack([row[name] for row in rows]))
-        for name in ("image", "tokens")
-    }
-    others = ("number", "image_id", "captions", "error")
-    columns |= {name: [row[name] for row in rows] for name in others}
+    columns: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        is_array = isinstance(values[0], np.ndarray)
+        columns[name] = ArrowTensorArray.from_numpy(np.stack(values)) if is_array else values
+    columns["file_name"] = pa.array(columns["file_name"], pa.string())
     return pa.table(columns)
 
 
 class Pieces(Datasource):
-    """One read task per piece, which reads, decodes and tokenises and yields blocks."""
+    """One read task per piece, which reads, tokenises and maybe decodes, and yields blocks."""
 
     def __init__(
         self,
         units: Sequence[Unit],
         pieces: list[Piece],
         prepare: Preparation,
+        *,
+        decode: bool = True,
         block_rows: int | None = BLOCK_ROWS,
     ):
         """block_rows: None for one block a piece."""
         super().__init__()
-        self.units, self.pieces, self.block_rows = units, pieces, block_rows
+        self.units, self.pieces = units, pieces
+        self.decode, self.block_rows = decode, block_rows
         # once for all tasks: it holds the vocabulary
         self.prepare = ray.put(prepare)
 
@@ -273,7 +295,12 @@ class Pieces(Datasource):
         return [
             ReadTask(
                 functools.partial(
-                    _read_piece, self.units[piece.shard], piece, self.prepare, self.block_rows
+                    _read_piece,
+                    self.units[piece.shard],
+                    piece,
+                    self.prepare,
+                    self.decode,
+                    self.block_rows,
                 ),
                 BlockMetadata(len(piece.rows), None, None, None),
             )
@@ -282,14 +309,14 @@ class Pieces(Datasource):
 
 
 def _read_piece(
-    unit: Unit, piece: Piece, prepare: ray.ObjectRef, block_rows: int | None
+    unit: Unit, piece: Piece, prepare: ray.ObjectRef, decode: bool, block_rows: int | None
 ) -> Iterable[pa.Table]:
     preparation: Preparation = ray.get(prepare)
-    rows = unit.read()
+    rows = unit.read(COLUMNS)
     step = block_rows or len(piece.rows)
     for start in range(0, len(piece.rows), step):
         part = piece.rows[start : start + step]
-        yield _to_block([preparation(rows[i], piece.first + int(i)) for i in part])
+        yield _to_block([preparation(rows[i], piece.first + int(i), decode) for i in part])
 
 
 # Batches --------------------------------------------------------------------------------------
@@ -318,8 +345,10 @@ def batches(
     batch_size: int,
     cpus: float,
     keep_order: bool,
+    decode_threads: int = 0,
 ) -> Iterator[Batch]:
-    """The pictures of `pieces`, decoded by at most `cpus` CPUs of the cluster at a time."""
+    """The pictures of `pieces`, read by at most `cpus` CPUs of the cluster at a time and decoded by
+    them (far), or by so many threads of this process (near)."""
     if not pieces:
         return
     context = ray.data.DataContext.get_current().copy()
@@ -327,12 +356,14 @@ def batches(
     context.execution_options.preserve_order = keep_order
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
-            Pieces(units, pieces, prepare),
+            Pieces(units, pieces, prepare, decode=not decode_threads),
             override_num_blocks=len(pieces),
         )
-        stream = dataset.iter_batches(
-            batch_size=batch_size, batch_format="numpy", prefetch_batches=2
+        stream: Iterator[dict[str, NDArray[Any]]] = iter(
+            dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
         )
+        if decode_threads:
+            stream = _decoded(stream, prepare, decode_threads)
         for columns in stream:
             yield Batch(
                 columns["image"],
@@ -342,3 +373,50 @@ def batches(
                 [error for error in columns["error"] if error],
                 [json.loads(text) if text else [] for text in columns["captions"]],
             )
+
+
+def _decoded(
+    stream: Iterator[dict[str, NDArray[Any]]], prepare: Preparation, count: int
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The batches with their pictures decoded by `count` threads, which are AHEAD of the reader."""
+    ahead: deque[tuple[dict[str, NDArray[Any]], list[Future[None]]]] = deque()
+    threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
+    try:
+        for columns in stream:
+            ahead.append(_begin_decoding(columns, prepare, threads))
+            if len(ahead) > AHEAD:
+                yield _finished(*ahead.popleft())
+        while ahead:
+            yield _finished(*ahead.popleft())
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_decoding(
+    columns: dict[str, NDArray[Any]], prepare: Preparation, threads: ThreadPoolExecutor
+) -> tuple[dict[str, NDArray[Any]], list[Future[None]]]:
+    encoded, size = columns["image"], prepare.encoder.image_size
+    if encoded.dtype != object:  # features, of which nothing is left to decode
+        return columns, []
+    # Ray's arrays are read-only
+    columns = {name: np.array(column) for name, column in columns.items() if name != "image"}
+    columns["image"] = images = np.empty((len(encoded), 3, size, size), np.uint8)
+
+    def decode(first: int) -> None:
+        for i in range(first, min(first + TOGETHER, len(encoded))):
+            row = {name: columns[name][i] for name in ("number", "file_name", "flip", "error")}
+            row["tokens"] = columns["tokens"][i]
+            prepare.square(encoded[i], row, images[i])
+            if row["error"]:
+                columns["error"][i], columns["captions"][i] = row["error"], ""
+
+    starts = range(0, len(encoded), TOGETHER)
+    return columns, [threads.submit(decode, first) for first in starts]
+
+
+def _finished(
+    columns: dict[str, NDArray[Any]], decoding: list[Future[None]]
+) -> dict[str, NDArray[Any]]:
+    for future in decoding:
+        future.result()
+    return columns

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -114,9 +114,10 @@ def to_bytes(rows: list[dict[str, Any]]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def from_bytes(data: bytes) -> pa.Table:
-    """The rows of a shard file."""
-    return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+def from_bytes(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a shard file, with these columns only (None: all)."""
+    names = None if columns is None else list(columns)
+    return pq.read_table(pa.BufferReader(data), schema=SCHEMA, columns=names)
 
 
 def read_captions(file: BinaryIO) -> list[list[str]]:

@@ -129,8 +129,11 @@ _RULES = [
         r"\U00010000-\U0010ffff]",
     )
 ]
-_PLAIN = re.compile(r"[A-Za-z]+(?=\s|$)")
+_PLAIN = re.compile(r"(?:[A-Za-z]+(?: +|$))+")
+_LAST_WORD = re.compile(r"([A-Za-z]{2,})\.\Z")
 _CUT = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
+_ODD = _CUT.union(f"{_ABBREVIATIONS} {_CAPITALISED} {_NUMBERED}".lower().split())
+"""Words of which this or their full stop makes something else."""
 
 
 def tokenize(caption: str) -> list[str]:
@@ -140,10 +143,16 @@ def tokenize(caption: str) -> list[str]:
     at, end = 0, len(caption)
     while at < end:
         plain = _PLAIN.match(caption, at)
-        if plain and plain.group().lower() not in _CUT:  # most words, and quick
-            words.append(plain.group().lower())
-            at = plain.end() + 1
-            continue
+        if plain:  # most captions but for their last word and full stop, and quick
+            run = plain.group().lower().split()
+            if _CUT.isdisjoint(run):
+                words += run
+                at = plain.end()
+                continue
+        last = _LAST_WORD.match(caption, at)
+        if last and (word := last.group(1).lower()) not in _ODD:
+            words.append(word)
+            break
         word = _longest(caption, at)
         at += len(word) or 1
         if word and not _DROPPED.fullmatch(word):

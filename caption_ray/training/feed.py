@@ -54,10 +54,13 @@ class Feed:
         world_size: int,
         device: torch.device,
         decode_cpus: float,
+        decode_threads: int = 0,
     ) -> None:
+        """decode_cpus, decode_threads: as for `batches`."""
         self.config, self.dataset, self.vocabulary = config, dataset, vocabulary
         self.rank, self.world_size = rank, world_size
-        self.device, self.decode_cpus = device, decode_cpus
+        self.device = device
+        self.decode_cpus, self.decode_threads = decode_cpus, decode_threads
         self.ledger: NDArray[np.bool_] = np.zeros(sum(dataset.rows("train")), bool)
         """Which pictures this epoch has seen, as far as this rank knows."""
         self.errors: list[str] = []
@@ -152,6 +155,7 @@ class Feed:
             self._preparation(shuffle),
             batch_size=train.batch_size,
             cpus=self.decode_cpus,
+            decode_threads=self.decode_threads,
             keep_order=train.deterministic or epoch is None,
         )
 

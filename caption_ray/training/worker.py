@@ -107,10 +107,10 @@ class _Worker:
         self.device: torch.device = (
             torch.device("cpu") if without_gpu else ray.train.torch.get_device()
         )
+        # processes on one node share its cores evenly
+        self.cores = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
         if self.device.type == "cpu":
-            # Ray gives a process one thread; processes on one node share its cores evenly
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+            torch.set_num_threads(self.cores)  # Ray gives a process one
         cluster.configure_data()
         # one of Ray Train's loggers is named after a file, so that LoggingConfig misses it
         logging.getLogger().setLevel(logging.WARNING)
@@ -122,7 +122,8 @@ class _Worker:
             rank=self.rank,
             world_size=self.world_size,
             device=self.device,
-            decode_cpus=self._decode_cpus(),
+            decode_cpus=(decode_cpus := self._decode_cpus()),
+            decode_threads=self._decode_threads(decode_cpus),
         )
         self.steps_per_epoch = self.feed.num_steps()
         self.epoch = self.total_steps = self.step_in_epoch = self.pictures = 0
@@ -167,6 +168,12 @@ class _Worker:
                 "decoding, which needs 1: lower --train.cpus-per-worker (0.5, say)"
             )
         return max(1, free / self.world_size)
+
+    def _decode_threads(self, decode_cpus: float) -> int:
+        """Threads for near decoding; 0: it is far."""
+        data = self.config.data
+        is_near = self.cores >= decode_cpus if data.decode == "auto" else data.decode == "near"
+        return (data.decode_workers or self.cores) if is_near else 0
 
     @property
     def learnt(self) -> Captioner:

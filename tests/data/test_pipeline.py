@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,19 @@ def _preparation(dataset, augment=None, **changes):
     )
 
 
-def _epoch(dataset, split="train", *, rank=0, world_size=1, shuffle=(0, 0), **changes):
+def _epoch(dataset, split="train", *, rank=0, world_size=1, shuffle=(0, 0), threads=0, **changes):
     pieces = plan_epoch(dataset.rows(split), rank=rank, world_size=world_size, shuffle=shuffle)
     prepare = _preparation(dataset, shuffle, **changes)
     return list(
-        batches(dataset.splits[split], pieces, prepare, batch_size=8, cpus=2, keep_order=True)
+        batches(
+            dataset.splits[split],
+            pieces,
+            prepare,
+            batch_size=8,
+            cpus=2,
+            keep_order=True,
+            decode_threads=threads,
+        )
     )
 
 
@@ -90,12 +99,36 @@ def test_raw_pictures_stream_like_shards(shards, scenes):
     assert pictures[0] == pictures[1]
 
 
-def test_unreadable_raw_pictures_are_named_and_weigh_nothing(scenes, tmp_path):
+def test_near_and_far_decoding_give_the_same_batches(shards):
+    dataset = open_shards(shards)
+    changes = {"min_crop": 0.5, "flip": True, "captions_per_image": 2}
+    far, near = (_epoch(dataset, shuffle=(0, 3), threads=n, **changes) for n in (0, 2))
+    for one, other in zip(far, near, strict=True):
+        for name in ("images", "tokens", "numbers", "image_ids"):
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+        assert one.errors == other.errors and one.captions == other.captions
+
+
+def test_a_reader_that_stops_early_leaves_no_decoding_threads(shards):
+    dataset = open_shards(shards)
+    pieces = plan_epoch(dataset.rows("train"), rank=0, world_size=1, shuffle=None)
+    prepare, settings = _preparation(dataset), {"batch_size": 4, "cpus": 1, "keep_order": True}
+    stream = batches(dataset.splits["train"], pieces, prepare, **settings, decode_threads=2)
+    assert len(next(stream).images) == 4
+    stream.close()
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    for thread in left:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in left)
+
+
+@pytest.mark.parametrize("threads", [0, 2], ids=["far", "near"])
+def test_unreadable_raw_pictures_are_named_and_weigh_nothing(scenes, tmp_path, threads):
     source = shutil.copytree(scenes, tmp_path / "source")
     files = sorted((source / "train").iterdir())
     files[0].unlink()
     files[1].write_bytes(b"no picture")
-    epoch = _epoch(open_source(str(source), seed=0))
+    epoch = _epoch(open_source(str(source), seed=0), threads=threads)
     assert sorted(_numbers(epoch)) == list(range(40))
     errors = sorted(error for batch in epoch for error in batch.errors)
     assert [error.split(":")[0] for error in errors] == [files[0].name, files[1].name]

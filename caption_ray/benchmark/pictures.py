@@ -1,0 +1,42 @@
+"""Pictures to measure with: somebody's, or made up."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT = 640, 480
+"""As most of COCO's."""
+
+
+def photograph(rng: np.random.Generator) -> bytes:
+    """A JPEG as large, and as costly to decode, as one of COCO's: soft shapes, and grain."""
+    coarse = rng.integers(0, 256, (HEIGHT // 20, WIDTH // 20, 3), np.uint8)
+    smooth = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    grain = rng.normal(0, 12, (HEIGHT, WIDTH, 1))
+    pixels = np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_coco(folder: Path, count: int) -> None:
+    """So many photographs with five captions each, in COCO's layout: `train` and `val`."""
+    rng = np.random.default_rng(0)
+    (folder / "annotations").mkdir()
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for number in range(count if split == "train" else 1):
+            name = f"{number:012d}.jpg"
+            (folder / split / name).write_bytes(photograph(rng))
+            images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
+            for k in range(5):
+                caption = f"a grainy picture number {number} of soft shapes in many colours"
+                annotations.append({"id": 5 * number + k, "image_id": number, "caption": caption})
+        whole = {"images": images, "annotations": annotations}
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(whole))
