@@ -12,16 +12,18 @@ import re
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision import models
-from torchvision.models.vision_transformer import interpolate_embeddings
 
 from caption_ray.config import EncoderConfig
+
+if TYPE_CHECKING:
+    # elsewhere where it is needed: it takes 1.5 s, which would be most of a small process's start
+    from torchvision import models
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -156,6 +158,8 @@ def _torchvision_backbone(config: EncoderConfig) -> tuple[nn.Module, set[str]]:
 
     The classifier is traced, so that its forward need not be known; modules keep their names.
     """
+    from torchvision import models
+
     names = models.list_models(module=models)
     if config.name not in names:
         raise ValueError(
@@ -283,6 +287,8 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _torchvision_weights(config: EncoderConfig) -> models.WeightsEnum:
+    from torchvision import models
+
     valid = {} if config.name == "small" else models.get_model_weights(config.name).__members__
     if config.weights not in valid:
         raise ValueError(
@@ -321,6 +327,8 @@ def _load(
     }
     try:
         if "encoder.pos_embedding" in state:
+            from torchvision.models.vision_transformer import interpolate_embeddings
+
             patch = state["conv_proj.weight"].shape[-1]
             state = interpolate_embeddings(config.image_size, patch, OrderedDict(state))
         backbone.load_state_dict(state)

@@ -32,6 +32,8 @@ from caption_ray.training import checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 PICTURES, BUCKET = 300, "training"
+EPOCHS = 3
+"""Of the job that is stopped; each takes a few seconds."""
 PATIENCE = 240.0
 """Seconds that a run may take to go on after a fault: a busy machine starts processes slowly."""
 NOTICE = 20
@@ -302,7 +304,8 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
 ) -> None:
     arguments = [
         sys.executable, str(ROOT / "jobs/train.py"), *TINY, "--data.shards", str(scenes_as_shards),
-        "--run.storage", str(tmp_path), "--train.epochs", "6", "--train.checkpoint-seconds", "None",
+        "--run.storage", str(tmp_path), "--train.epochs", str(EPOCHS),
+        "--train.checkpoint-seconds", "None",
     ]  # fmt: skip
     with (
         hosts.hosts(["head"], tmp_path) as host,
@@ -334,7 +337,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
             assert command(*RAY, "job", "stop", "first").wait(PATIENCE) == 0
             job.wait(PATIENCE)
             state = checkpoint.load(checkpoint.find(str(tmp_path / "stopped"))).state
-            assert 0 < state.epoch < 6 and state.epoch_step > 0, "not stopped in mid-epoch"
+            assert 0 < state.epoch < EPOCHS and state.epoch_step > 0, "not stopped in mid-epoch"
             assert submit("stopped", "second").wait(PATIENCE) == 0
         except BaseException:
             print((tmp_path / "jobs.log").read_text()[-8000:])
@@ -343,7 +346,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
         load_file(Path(checkpoint.find(str(tmp_path / name)), checkpoint.MODEL))
         for name in ("whole", "stopped")
     )
-    assert step("whole") == step("stopped") == 6 * PICTURES // 5
+    assert step("whole") == step("stopped") == EPOCHS * PICTURES // 5
     for name, weight in whole.items():
         assert np.array_equal(weight, stopped[name]), name
 
