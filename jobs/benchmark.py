@@ -11,12 +11,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
 
-from caption_ray.benchmark import checkpoint, decode, memory, model, pipeline, search, serve
+from caption_ray.benchmark import cache, checkpoint, decode, memory, model, pipeline, search, serve
 
 SECTIONS = {
     "decode": (decode.Decode, decode.run),
     "pipeline": (pipeline.Pipeline, pipeline.run),
     "model": (model.Model, model.run),
+    "cache": (cache.Cache, cache.run),
     "search": (search.Search, search.run),
     "serve": (serve.Serve, serve.run),
     "checkpoint": (checkpoint.Checkpoint, checkpoint.run),

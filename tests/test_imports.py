@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "caption_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RAY = {
+    "benchmark/cache.py",
     "benchmark/memory.py",
     "benchmark/pipeline.py",
     "benchmark/serve.py",

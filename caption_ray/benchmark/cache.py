@@ -1,0 +1,170 @@
+"""An epoch of the original system from features that were computed once, beside computing them
+each time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from caption_ray import cluster, config, storage
+from caption_ray.benchmark import measuring
+from caption_ray.benchmark.model import COCO_SPREAD, COCO_WORDS
+from caption_ray.data import features
+from caption_ray.data.pipeline import Batch, FeatureFile, Preparation, ShardFile, batches
+from caption_ray.data.plan import plan_epoch
+from caption_ray.data.shards import Shard
+from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.model.captioner import Captioner, build_captioner
+from caption_ray.training import loop
+
+EPOCH = 30_000
+"""Captions of an epoch of the original system, each of a picture of its own; it took 62 s on one
+GPU."""
+
+REGIONS, REGION_DIM = 64, 2048
+ROWS_PER_SHARD = 500
+
+
+@dataclass
+class Cache:
+    """The `seed` preset's training: streamed features, and its encoder at each step instead."""
+
+    pictures: int = 3000
+    """Pictures with features on disk, 262 kB each; an epoch's time is extrapolated from them."""
+    rounds: int = 5
+    """How often everything is measured."""
+    bfloat16: bool = False
+    """Under autocast; False: float32."""
+    quick: bool = False
+    """Two rounds of 500 pictures."""
+
+
+def run(options: Cache) -> None:
+    rounds, pictures = (2, 500) if options.quick else (options.rounds, options.pictures)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if options.bfloat16 else None
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    preset = config.seed()
+    vocabulary = Vocabulary([f"word{number}" for number in range(4996)])
+    with tempfile.TemporaryDirectory() as folder:
+        units = _write(Path(folder), pictures, vocabulary)
+        prepare = Preparation(preset.model.encoder, preset.data, vocabulary, (0, 0))
+        ray.init(address="local", num_cpus=cores, log_to_driver=False)
+        cluster.configure_data()
+        cluster.hold_data_here()
+        try:
+            _measure(preset, units, prepare, rounds, cores, device, dtype)
+        finally:
+            ray.shutdown()
+
+
+def _write(folder: Path, pictures: int, vocabulary: Vocabulary) -> list[FeatureFile]:
+    """Feature shards of as many made-up pictures, with a caption each as long as COCO's."""
+    rng, units = np.random.default_rng(0), []
+    for start in range(0, pictures, ROWS_PER_SHARD):
+        rows = min(ROWS_PER_SHARD, pictures - start)
+        regions = rng.random((rows, REGIONS, REGION_DIM), np.float32).astype(np.float16)
+        words = np.clip(rng.normal(COCO_WORDS, COCO_SPREAD, rows), 6, 30).astype(int)
+        captions = [[" ".join(rng.choice(vocabulary.words[4:], n))] for n in words]
+        data = features.to_bytes(regions, np.arange(start, start + rows), captions, [""] * rows)
+        file = folder / f"{start}.arrow"
+        file.write_bytes(data)
+        shard = Shard(file.name, rows, len(data), storage.digest(data))
+        units.append(FeatureFile(str(file), shard, ShardFile("", shard)))
+    return units
+
+
+def _measure(
+    preset: config.Config,
+    units: list[FeatureFile],
+    prepare: Preparation,
+    rounds: int,
+    cores: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    size = preset.model.encoder.image_size
+    encoder = dataclasses.replace(preset.model.encoder, weights="none")
+    model = dataclasses.replace(preset.model, encoder=encoder)
+    torch.manual_seed(0)
+    captioner = build_captioner(model, len(prepare.vocabulary), None, pretrained=False).to(device)
+    optimizer = torch.optim.AdamW(captioner.decoder.parameters(), lr=1e-3, fused=True)
+
+    def stream() -> Iterator[Batch]:
+        pieces = plan_epoch([u.rows for u in units], rank=0, world_size=1, shuffle=(0, 0))
+        yield from batches(
+            units, pieces, prepare, batch_size=preset.train.batch_size, cpus=cores, keep_order=False
+        )
+
+    def step(example: loop.Example) -> None:
+        loop.train_step(captioner, example, optimizer, preset.train, dtype)
+
+    waited: list[float] = []
+
+    def train() -> float:
+        captions, waiting, begun = 0, 0.0, time.perf_counter()
+        asked = begun
+        for batch in stream():
+            example = loop.to_example(batch.images, batch.tokens, size, device)
+            waiting += time.perf_counter() - asked
+            step(example)
+            captions += len(batch.numbers)
+            asked = time.perf_counter()
+        measuring.synchronize()
+        waited.append(waiting / (time.perf_counter() - begun))
+        return float(captions)
+
+    first = next(stream())
+    resident = loop.to_example(first.images, first.tokens, size, device)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (len(first.numbers), 3, size, size), np.uint8
+    )
+    encoded = loop.to_example(pixels, first.tokens, size, device)
+
+    def repeat(example: loop.Example, count: int) -> float:
+        for _ in range(count):
+            step(example)
+        return float(count * len(first.numbers))
+
+    rates = measuring.in_turn(
+        {
+            "encoder at each step": lambda: repeat(encoded, 1),
+            "steps on features in memory": lambda: repeat(resident, 10),
+            "features streamed": lambda: float(sum(len(b.numbers) for b in stream())),
+            "training from features": train,
+        },
+        rounds,
+    )
+    precision = "bfloat16" if dtype else "float32"
+    title = f"cache: seed, {preset.train.batch_size} captions a step, {precision}, {cores} cores"
+    found = measuring.report("cache", title, "captions", rates, "encoder at each step")
+    seconds = {name: EPOCH / statistics.median(rate) for name, rate in rates.items()}
+    print(f"an epoch of {EPOCH} captions: {seconds['training from features']:.0f} s from features, "
+          f"{seconds['encoder at each step']:.0f} s with the encoder at each step (JPEGs not "
+          "counted)")  # fmt: skip
+    print(f"waiting for features: {100 * statistics.median(waited[1:]):.1f} % of the time")
+    measuring.record(
+        {
+            **found,
+            "epoch_s": {name: round(value, 1) for name, value in seconds.items()},
+            "wait_share": round(statistics.median(waited[1:]), 4),
+        }
+    )
+    _check(captioner, resident)
+
+
+def _check(captioner: Captioner, example: loop.Example) -> None:
+    """What is timed is training: the features are those of the grid that the decoder expects."""
+    assert example.images.shape[1:] == (REGIONS, REGION_DIM)
+    assert captioner.grid[0] * captioner.grid[1] == REGIONS
