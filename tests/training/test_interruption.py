@@ -36,6 +36,8 @@ def test_the_first_signal_throws_the_switch_and_the_function_ends_by_itself(kind
 
 
 def test_a_second_ctrl_c_ends_at_once():
+    # in a shell's background, processes start with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     switch, ended = _Switch(), threading.Event()
 
     def function():
@@ -46,6 +48,7 @@ def test_a_second_ctrl_c_ends_at_once():
 
     with pytest.raises(KeyboardInterrupt):
         call_until_told_to_stop(function, switch)
+    signal.signal(signal.SIGINT, before)
     ended.set()
 
 

@@ -115,13 +115,6 @@ def test_a_run_leaves_checkpoints_pointers_history_and_configuration(undisturbed
     assert len(losses) == 3 and losses[-1] < losses[0]
 
 
-def test_the_same_seed_gives_the_same_weights(undisturbed, shards, tmp_path):
-    again = trainer.train(_config(shards, tmp_path, "again"))
-    first, second = _weights(_latest(undisturbed)), _weights(_latest(again))
-    for name, weight in first.items():
-        assert np.array_equal(weight, second[name]), name
-
-
 def test_a_run_whose_worker_was_killed_thrice_ends_as_if_nothing_had_happened(
     undisturbed, shards, tmp_path
 ):
@@ -156,15 +149,6 @@ def test_two_workers_of_which_one_is_killed_thrice_learn_from_every_picture_once
         for run in (quiet, finished)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.03)
-
-
-def test_a_run_started_again_under_its_name_goes_on(undisturbed, shards, tmp_path):
-    first = trainer.train(_config(shards, tmp_path, "twice", epochs=1))
-    assert checkpoint.load(_latest(first)).state.step == 8
-    second = trainer.train(_config(shards, tmp_path, "twice", epochs=2))
-    assert checkpoint.load(_latest(second)).state.step == 16
-    steps = [point["step"] for point in second.history if "val/loss" in point]
-    assert steps == [8, 16]
 
 
 def test_a_run_is_not_resumed_with_another_model(undisturbed, shards):
@@ -218,6 +202,8 @@ def test_an_averaged_run_that_stopped_goes_on_as_if_it_had_not(shards, tmp_path)
     expected, weights = _weights(_latest(whole)), _weights(_latest(parts))
     for name, weight in expected.items():
         assert np.array_equal(weight, weights[name]), name
+    steps = [point["step"] for point in parts.history if "val/loss" in point]
+    assert steps == [8, 16], "the history of the first part was not kept"
 
 
 def test_the_self_critical_stage_goes_on_from_a_run(undisturbed, shards, tmp_path):
@@ -244,9 +230,9 @@ def test_the_self_critical_stage_needs_a_captioner_like_its_own(undisturbed, sha
 
 def test_a_run_stops_when_its_captions_no_longer_improve(shards, tmp_path):
     rates = {"learning_rate": 1e-9, "encoder_learning_rate": 1e-9, "schedule": "constant"}
-    finished = trainer.train(_config(shards, tmp_path, "stale", epochs=12, patience=2, **rates))
+    finished = trainer.train(_config(shards, tmp_path, "stale", epochs=12, patience=1, **rates))
     validated = [point for point in finished.history if "val/step" in point]
-    assert 3 <= len(validated) < 12
+    assert 2 <= len(validated) < 12
     assert checkpoint.load(_latest(finished)).state.epoch < 12
 
 
