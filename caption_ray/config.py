@@ -340,6 +340,10 @@ class TrainConfig(_Strict):
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for each training worker; the rest decode pictures."""
 
+    threads: int | None = None
+    """Threads that a training worker computes with on a CPU; None: its even share of the cores of
+    its node."""
+
     use_gpu: bool | None = None
     """Train on GPUs; None: if the cluster has any."""
 
@@ -627,6 +631,7 @@ def validate(config: Config) -> None:
         "data.decode-workers": data.decode_workers,
         "model.encoder.grid": encoder.grid,
         "train.checkpoint-every": train.checkpoint_every,
+        "train.threads": train.threads,
         "train.validation-images": train.validation_images,
         "train.patience": train.patience,
     }.items():

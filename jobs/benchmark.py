@@ -11,12 +11,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
 
-from caption_ray.benchmark import cache, checkpoint, decode, memory, model, pipeline, search, serve
+from caption_ray.benchmark import (
+    cache,
+    checkpoint,
+    decode,
+    memory,
+    model,
+    pipeline,
+    scale,
+    search,
+    serve,
+    train,
+)
 
 SECTIONS = {
     "decode": (decode.Decode, decode.run),
     "pipeline": (pipeline.Pipeline, pipeline.run),
     "model": (model.Model, model.run),
+    "train": (train.Train, train.run),
+    "scale": (scale.Scale, scale.run),
     "cache": (cache.Cache, cache.run),
     "search": (search.Search, search.run),
     "serve": (serve.Serve, serve.run),

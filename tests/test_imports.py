@@ -12,6 +12,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 RAY = {
     "benchmark/cache.py",
+    "benchmark/runs.py",
+    "benchmark/scale.py",
+    "benchmark/train.py",
     "benchmark/memory.py",
     "benchmark/pipeline.py",
     "benchmark/serve.py",

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
 
-from caption_ray import cluster, config, storage
-from caption_ray.benchmark import measuring
+from caption_ray import config, storage
+from caption_ray.benchmark import measuring, runs
 from caption_ray.benchmark.model import COCO_SPREAD, COCO_WORDS
 from caption_ray.data import features
 from caption_ray.data.pipeline import Batch, FeatureFile, Preparation, ShardFile, batches
@@ -54,19 +53,13 @@ def run(options: Cache) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if options.bfloat16 else None
     cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("RAY_worker_niceness", "0")
     preset = config.seed()
     vocabulary = Vocabulary([f"word{number}" for number in range(4996)])
     with tempfile.TemporaryDirectory() as folder:
         units = _write(Path(folder), pictures, vocabulary)
         prepare = Preparation(preset.model.encoder, preset.data, vocabulary, (0, 0))
-        ray.init(address="local", num_cpus=cores, log_to_driver=False)
-        cluster.configure_data()
-        cluster.hold_data_here()
-        try:
+        with runs.on_ray(cores):
             _measure(preset, units, prepare, rounds, cores, device, dtype)
-        finally:
-            ray.shutdown()
 
 
 def _write(folder: Path, pictures: int, vocabulary: Vocabulary) -> list[FeatureFile]:

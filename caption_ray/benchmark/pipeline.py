@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import multiprocessing
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +16,21 @@ from typing import Any
 
 import numpy as np
 import psutil
-import ray
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
-from caption_ray import cluster, config, storage
-from caption_ray.benchmark import measuring, pictures
+from caption_ray import config, storage
+from caption_ray.benchmark import measuring, pictures, runs
+from caption_ray.benchmark.plain import Epoch, Shards, collate
 from caption_ray.data import shards
 from caption_ray.data.ingest import IMAGES_PER_SHARD, ingest
 from caption_ray.data.pipeline import (
-    COLUMNS,
     DataSet,
     Preparation,
     ShardFile,
     batches,
     open_shards,
 )
-from caption_ray.data.plan import Piece, plan_epoch
+from caption_ray.data.plan import plan_epoch
 from caption_ray.data.vocabulary import Vocabulary
 
 BATCH_SIZE = 64
@@ -60,76 +56,51 @@ class Pipeline:
 def run(options: Pipeline) -> None:
     rounds, images = (2, 500) if options.quick else (options.rounds, options.images)
     cores = options.num_cpus or len(os.sched_getaffinity(0))
-    # processes of the same priority: Ray's own would otherwise be nice to everybody else
-    os.environ.setdefault("RAY_worker_niceness", "0")
     with tempfile.TemporaryDirectory() as folder:
         source = options.source
         if source is None:
             source = str(Path(folder, "source"))
             Path(source).mkdir()
             pictures.write_coco(Path(source), 200)
-        with contextlib.ExitStack() as stack:
-            processes = [stack.enter_context(_process()) for _ in range(cores)]
-            ray.init(address="local", num_cpus=cores, log_to_driver=False)
-            cluster.configure_data()
-            cluster.hold_data_here()
-            try:
-                for title, image_size in (("originals", None), ("shrunk to 256", 256)):
-                    uri = str(Path(folder, title))
-                    ingest(
-                        source, uri, image_size=image_size, images_per_shard=IMAGES_PER_SHARD,
-                        seed=0, splits=("train",), progress=False,
-                    )  # fmt: skip
-                    epoch = Epoch.of(open_shards(uri), images, Path(folder, f"{title}, long"))
-                    _measure(title, epoch, cores, rounds, processes)
-            finally:
-                ray.shutdown()
+        with runs.processes(cores) as processes, runs.on_ray(cores):
+            for title, image_size in (("originals", None), ("shrunk to 256", 256)):
+                uri = str(Path(folder, title))
+                ingest(
+                    source, uri, image_size=image_size, images_per_shard=IMAGES_PER_SHARD,
+                    seed=0, splits=("train",), progress=False,
+                )  # fmt: skip
+                epoch = _epoch(open_shards(uri), images, Path(folder, f"{title}, long"))
+                _measure(title, epoch, cores, rounds, processes)
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What is read, and how."""
-
-    units: list[ShardFile]
-    pieces: list[Piece]
-    prepare: Preparation
-
-    @classmethod
-    def of(cls, dataset: DataSet, images: int, folder: Path) -> Epoch:
-        """The training split as often as it takes to have `images` pictures, in shards of the usual
-        size."""
-        rows = [row for unit in dataset.splits["train"] for row in unit.read()]
-        rows = (rows * math.ceil(images / len(rows)))[:images]
-        folder.mkdir()
-        units = []
-        for start in range(0, images, IMAGES_PER_SHARD):
-            part = rows[start : start + IMAGES_PER_SHARD]
-            data, file = shards.to_bytes(part), folder / f"{start}.parquet"
-            file.write_bytes(data)
-            shard = shards.Shard(file.name, len(part), len(data), storage.digest(data))
-            units.append(ShardFile(str(file), shard))
-        # the augmentation would blur the comparison: the others have none
-        data_config = dataclasses.replace(config.coco().data, min_crop=1.0, flip=False)
-        encoder = dataclasses.replace(config.EncoderConfig(), image_size=SIZE, image_fit="crop")
-        vocabulary = Vocabulary.from_counts(dataset.word_counts, 1, None)
-        return cls(
-            units,
-            plan_epoch([unit.rows for unit in units], rank=0, world_size=1, shuffle=(0, 0)),
-            Preparation(encoder, data_config, vocabulary, (0, 0)),
-        )
-
-    def read(self, piece: Piece) -> list[dict[str, Any]]:
-        rows = self.units[piece.shard].read(COLUMNS)
-        return [rows[i] for i in piece.rows]
+def _epoch(dataset: DataSet, images: int, folder: Path) -> Epoch:
+    """The training split as often as it takes to have `images` pictures, in shards of the usual
+    size."""
+    rows = [row for unit in dataset.splits["train"] for row in unit.read()]
+    rows = (rows * math.ceil(images / len(rows)))[:images]
+    folder.mkdir()
+    units = []
+    for start in range(0, images, IMAGES_PER_SHARD):
+        part = rows[start : start + IMAGES_PER_SHARD]
+        data, file = shards.to_bytes(part), folder / f"{start}.parquet"
+        file.write_bytes(data)
+        shard = shards.Shard(file.name, len(part), len(data), storage.digest(data))
+        units.append(ShardFile(str(file), shard))
+    # the augmentation would blur the comparison: the others have none
+    data_config = dataclasses.replace(config.coco().data, min_crop=1.0, flip=False)
+    encoder = dataclasses.replace(config.EncoderConfig(), image_size=SIZE, image_fit="crop")
+    vocabulary = Vocabulary.from_counts(dataset.word_counts, 1, None)
+    return Epoch(
+        units,
+        plan_epoch([unit.rows for unit in units], rank=0, world_size=1, shuffle=(0, 0)),
+        Preparation(encoder, data_config, vocabulary, (0, 0)),
+    )
 
 
 def _measure(
     title: str, epoch: Epoch, cores: int, rounds: int, processes: list[ProcessPoolExecutor]
 ) -> None:
-    loader = DataLoader(
-        Shards(epoch), batch_size=None, num_workers=cores, persistent_workers=True,
-        multiprocessing_context="spawn",
-    )  # fmt: skip
+    loader = Shards(epoch, BATCH_SIZE).loader(cores)
     first: dict[str, list[float]] = {"far": [], "near": []}
 
     def through_ray(where: str) -> Callable[[], float]:
@@ -232,10 +203,6 @@ class BareLoop:
         return sum(future.result() for future in futures)
 
 
-def _process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
 _HELD: list[tuple[list[dict[str, Any]], Preparation]] = []
 
 
@@ -247,35 +214,5 @@ def _hold(rows: list[dict[str, Any]], prepare: Preparation) -> None:
 def _decode() -> float:
     ((rows, prepare),) = _HELD
     for start in range(0, len(rows), BATCH_SIZE):
-        _collate(
-            [prepare(row, start + n) for n, row in enumerate(rows[start : start + BATCH_SIZE])]
-        )
+        collate([prepare(row, start + n) for n, row in enumerate(rows[start : start + BATCH_SIZE])])
     return float(len(rows))
-
-
-def _collate(rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    images, tokens = (np.stack([row[name] for row in rows]) for name in ("image", "tokens"))
-    return torch.from_numpy(images), torch.from_numpy(tokens)
-
-
-class Shards(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The same shards and preparation for torch's DataLoader: each worker reads every so-manieth
-    shard, and decodes whole batches."""
-
-    def __init__(self, epoch: Epoch) -> None:
-        super().__init__()
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        worker = torch.utils.data.get_worker_info()
-        assert worker is not None
-        torch.set_num_threads(1)
-        rows: list[dict[str, Any]] = []
-        for piece in self.epoch.pieces[worker.id :: worker.num_workers]:
-            for row, source in zip(piece.rows, self.epoch.read(piece), strict=True):
-                rows.append(self.epoch.prepare(source, piece.first + int(row)))
-                if len(rows) == BATCH_SIZE:
-                    yield _collate(rows)
-                    rows = []
-        if rows:
-            yield _collate(rows)

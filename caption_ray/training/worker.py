@@ -110,7 +110,8 @@ class _Worker:
         # processes on one node share its cores evenly
         self.cores = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
         if self.device.type == "cpu":
-            torch.set_num_threads(self.cores)  # Ray gives a process one
+            # Ray gives a process one
+            torch.set_num_threads(self.config.train.threads or self.cores)
         cluster.configure_data()
         # one of Ray Train's loggers is named after a file, so that LoggingConfig misses it
         logging.getLogger().setLevel(logging.WARNING)

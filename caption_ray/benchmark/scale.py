@@ -1,0 +1,92 @@
+"""Several workers beside one, and beside what the machine gives several loops side by side."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from caption_ray.benchmark import measuring, plain, runs
+from caption_ray.config import Config
+
+
+@dataclass
+class Scale:
+    """Ray Train with one worker and with several: one GPU each, or so many threads on a CPU."""
+
+    workers: int = 2
+    """How many the several are."""
+    threads: int = 1
+    """Threads of each on a CPU."""
+    pictures: int = 2048
+    """Pictures that a worker learns from in each measurement."""
+    storage: str | None = None
+    """URI of a folder that all nodes reach, for pictures and checkpoints, which stay there; None: a
+    temporary one on this machine."""
+    num_cpus: int | None = None
+    """CPUs that Ray counts on; None: all of this machine."""
+    rounds: int = 5
+    """How often everything is measured."""
+    quick: bool = False
+    """Two rounds of 800 pictures."""
+
+
+def run(options: Scale) -> None:
+    rounds, pictures = (2, 800) if options.quick else (options.rounds, options.pictures)
+    cores = options.num_cpus or len(os.sched_getaffinity(0))
+    several, threads = options.workers, options.threads
+    gpus = torch.cuda.device_count()
+    names = ("plain loop", "plain loops side by side", "plain DDP")
+    here = not gpus or gpus >= several  # else they would have to be on other machines, too
+    rates: dict[str, list[float]] = {"caption_ray, 1 worker": [], f"caption_ray, {several}": []}
+    with (
+        runs.folder(options.storage) as folder,
+        tempfile.TemporaryDirectory() as local,
+        runs.on_ray(cores),
+        runs.processes(several if here else 1) as spawned,
+    ):
+        config, shards = runs.prepared(folder, several * pictures)
+
+        def plainly(count: int, together: bool, number: int) -> float:
+            rendezvous = str(Path(local, f"rendezvous-{number}")) if together else None
+            own = replace(config, data=replace(config.data, max_images=count * pictures))
+            places = [plain.Place(rank, count, rendezvous) for rank in range(count)]
+            return _sum(spawned, own, shards, places, threads)
+
+        for number in range(rounds):
+            for name, count, together in zip(
+                names, (1, several, several), (False, False, True), strict=True
+            ):
+                if count == 1 or here:
+                    rates.setdefault(name, []).append(plainly(count, together, number))
+            for name, count in zip(rates, (1, several), strict=False):
+                own = replace(
+                    config,
+                    data=replace(config.data, max_images=count * pictures),
+                    train=replace(config.train, num_workers=count, threads=threads),
+                )
+                rates[name].append(runs.through_ray(own, cores)[0])
+    title = f"scale: shapes, {config.train.batch_size} pictures a step and worker" + (
+        "" if gpus else f", {threads} thread(s) each, {cores} cores"
+    )
+    found = measuring.report("scale", title, "images", rates, "caption_ray, 1 worker")
+    measuring.record({**found, "workers": several})
+
+
+def _sum(
+    spawned: list[ProcessPoolExecutor],
+    config: Config,
+    shards: str,
+    places: list[plain.Place],
+    threads: int,
+) -> float:
+    """Pictures per second of all processes together."""
+    running = [
+        process.submit(plain.train, config, shards, place, threads, runs.WARM_UP)
+        for process, place in zip(spawned, places, strict=False)
+    ]
+    return sum(future.result()[0] for future in running)

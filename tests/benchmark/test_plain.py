@@ -1,0 +1,53 @@
+"""The plain loop that ours is measured against does the same work."""
+
+import dataclasses
+
+import pytest
+
+from caption_ray import config
+from caption_ray.benchmark import plain
+from caption_ray.data.pipeline import Preparation, open_shards
+from caption_ray.data.plan import plan_epoch
+from caption_ray.data.vocabulary import Vocabulary
+
+
+def _tiny(batch_size):
+    preset = config.shapes()
+    encoder = dataclasses.replace(preset.model.encoder, image_size=32)
+    decoder = dataclasses.replace(
+        preset.model.decoder, embedding_dim=8, hidden_dim=16, attention_dim=8
+    )
+    return dataclasses.replace(
+        preset,
+        model=dataclasses.replace(preset.model, encoder=encoder, decoder=decoder),
+        train=dataclasses.replace(preset.train, batch_size=batch_size),
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_loader_brings_every_picture_once_as_ours_prepares_it(shards, workers):
+    dataset, settings = open_shards(shards), _tiny(7)
+    units = dataset.splits["train"]
+    pieces = plan_epoch([unit.rows for unit in units], rank=0, world_size=1, shuffle=(0, 0))
+    words = Vocabulary.from_counts(dataset.word_counts, 1, None)
+    prepare = Preparation(settings.model.encoder, settings.data, words, (0, 0))
+    epoch = plain.Epoch(units, pieces, prepare)
+    expected = sorted(
+        prepare(row, piece.first + int(number))["image"].tobytes()
+        for piece in pieces
+        for number, row in zip(piece.rows, epoch.read(piece), strict=True)
+    )
+    found = [
+        image.numpy().tobytes()
+        for images, tokens in plain.Shards(epoch, 7).loader(workers)
+        for image in images
+    ]
+    assert sorted(found) == expected
+
+
+def test_the_parts_of_a_step_are_the_whole_of_it(shards):
+    rate, parts = plain.train(_tiny(4), shards, plain.Place(), 1, warm_up=2, profiled=True)
+    during = {part: ms for part, ms in parts.items() if part not in ("read", "decode", "batch")}
+    assert set(during) == {"wait", "transfer", "forward", "backward", "optimizer", "other"}
+    assert sum(during.values()) == pytest.approx(1000 / rate, rel=0.02)
+    assert all(parts[part] > 0 for part in ("read", "decode", "batch"))
