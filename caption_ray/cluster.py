@@ -94,10 +94,12 @@ def hold_data_here() -> None:
 
 def on_this_node() -> dict[str, Any]:
     """Options of an actor that takes no CPU and lives on this process's node: only then does no
-    other node's death take it along."""
+    other node's death take it along. Its calls, several a second, are not recorded."""
     here = ray.get_runtime_context().get_node_id()
     return {
         "num_cpus": 0,
+        # the head would keep a record of each of the last 100,000 in memory
+        "enable_task_events": False,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
     }
 

@@ -79,13 +79,13 @@ def _sample(driver: int) -> dict[str, float]:
     """MiB now. Private memory only, so that nothing counts twice: what processes share is the
     object store, which has a line of its own."""
     of = {"driver": _private(psutil.Process(driver)), "training workers": 0.0, "data tasks": 0.0}
-    of["other Ray processes"] = 0.0
+    of |= {"other actors and tasks": 0.0, "Ray's services": 0.0}
     for process in psutil.Process().children(recursive=True):
         if process.pid == driver:
             continue
         try:
             name = " ".join(process.cmdline()[:1]) or process.name()
-            kind = "other Ray processes"
+            kind = "other actors and tasks" if name.startswith("ray::") else "Ray's services"
             if "RayTrainWorker" in name:
                 kind = "training workers"
             elif "ReadTask" in name or "_read" in name or "Map" in name or "IDLE" in name:

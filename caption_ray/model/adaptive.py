@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig
-from caption_ray.model.attention import additive_scores
+from caption_ray.model.attention import Attended, AttendedOnce, AttendedOverTime
 from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State, StepOutput
-from caption_ray.model.recurrence import Packing, narrowed, placed
+from caption_ray.model.recurrence import Packing, placed
 
 
 class AdaptiveAttentionDecoder(Decoder):
@@ -58,7 +58,8 @@ class AdaptiveAttentionDecoder(Decoder):
         new = new_hidden.view(batch, k, -1), new_cell.view(batch, k, -1)
         gate = self.sentinel_gate(torch.cat([entering.squeeze(2), state[0]], dim=-1)).sigmoid()
         sentinel = gate * new[1].tanh()
-        mixed, attention = self._attend(new[0], sentinel, memory)
+        attended = AttendedOnce(memory, self.score.weight)
+        mixed, attention = self._attend(new[0], sentinel, attended)
         return StepOutput(self.output(self.dropout(mixed)), new, attention)
 
     def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
@@ -77,13 +78,11 @@ class AdaptiveAttentionDecoder(Decoder):
         # the processor's cache.
         packing = Packing(mask)
         memory = Memory(memory.regions[packing.images], memory.keys[packing.images])
+        attended = AttendedOverTime(memory, self.score.weight)
         both = torch.cat([hidden, sentinel], dim=-1).view(batch, k, longest, -1)
-        found = []
-        for step in packing.steps(packing.rows(both)):
-            parts: State = step.chunk(2, dim=-1)
-            parts, memory = narrowed(parts, memory, *parts[0].shape[:2])
-            found.append(self._attend(parts[0], parts[1], memory))
-        mixed, attention = (packing.words(list(steps)) for steps in zip(*found, strict=True))
+        steps = (step.chunk(2, dim=-1) for step in packing.steps(packing.rows(both)))
+        found = [self._attend(hidden, sentinel, attended) for hidden, sentinel in steps]
+        mixed, attention = (packing.words(list(parts)) for parts in zip(*found, strict=True))
         return DecoderOutput(self.output(self.dropout(mixed)), placed(attention, mask), mask)
 
     def _entering(self, tokens: Tensor, memory: Memory) -> Tensor:
@@ -111,13 +110,15 @@ class AdaptiveAttentionDecoder(Decoder):
             cells.append(cell)
         return torch.stack(cells, dim=1)
 
-    def _attend(self, hidden: Tensor, sentinel: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, hidden: Tensor, sentinel: Tensor, attended: Attended
+    ) -> tuple[Tensor, Tensor]:
         """What the logits are read from, (B, Q, H), and the regions' weights, (B, Q, N), of
         hidden states and sentinels (B, Q, H)."""
         query = self.query(hidden)  # (B, Q, A)
-        scores = additive_scores(query, memory.keys, self.score.weight)  # (B, Q, N)
+        scores = attended.scores(query)  # (B, Q, N)
         rest = self.score((query + self.sentinel_key(sentinel)).tanh())  # (B, Q, 1)
         attention = scores.softmax(dim=-1)
         trust = torch.cat([scores, rest], dim=-1).softmax(dim=-1)[..., -1:]  # beta, (B, Q, 1)
-        context = attention @ memory.regions
+        context = attended.context(attention)
         return trust * sentinel + (1 - trust) * context + hidden, attention

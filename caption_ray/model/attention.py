@@ -1,15 +1,18 @@
 """Attention of recurrent states over an image's regions.
 
-Shapes: B images, K sequences per image, N regions, E region dim, A attention dim.
+Shapes: B images, K sequences per image, N regions, E region dim, A attention dim. In training a
+step may have only the first b images and, of these, the first k sequences.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from caption_ray.model.decoder import Memory
 
 
 class AdditiveAttention(nn.Module):
@@ -26,37 +29,141 @@ class AdditiveAttention(nn.Module):
         """Keys (B, N, A) of regions (B, N, E)."""
         self.score = nn.Linear(attention_dim, 1, bias=False)
 
-    def forward(self, query: Tensor, keys: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Context (B, K, E) and weights (B, K, N) of query (B, K, A), keys (B, N, A) and regions
-        (B, N, E)."""
-        weights = additive_scores(query, keys, self.score.weight).softmax(dim=-1)  # (B, K, N)
-        return weights @ regions, weights
+    def forward(self, query: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
+        """Context (b, k, E) and weights (b, k, N) of query (b, k, A)."""
+        weights = attended.scores(query).softmax(dim=-1)
+        return attended.context(weights), weights
 
 
-def additive_scores(query: Tensor, keys: Tensor, score: Tensor) -> Tensor:
-    """score . tanh(query + key) of each query (B, K, A) and key (B, N, A): (B, K, N).
+class Attended(Protocol):
+    """Regions and their keys, as a step of a decoder looks at them."""
 
-    score (1, A).
-    """
-    scores: Tensor = _AdditiveScores.apply(query, keys, score)
-    return scores
+    def scores(self, query: Tensor) -> Tensor:
+        """score . tanh(query + key) of each query (b, k, A) and region: (b, k, N)."""
+
+    def context(self, weights: Tensor) -> Tensor:
+        """Means (b, k, E) of the regions by weights (b, k, N)."""
 
 
-class _AdditiveScores(torch.autograd.Function):
-    """Its tensors (B, K, N, A) are most of what attention costs: this has one in the forward pass
-    and one in the backward pass, where autograd by itself has two and three."""
+class AttendedOnce:
+    """For a step by itself. score: (1, A)."""
+
+    def __init__(self, memory: Memory, score: Tensor) -> None:
+        self._memory, self._score = memory, score
+
+    def scores(self, query: Tensor) -> Tensor:
+        return _scores(query, self._memory.keys, self._score)[0]
+
+    def context(self, weights: Tensor) -> Tensor:
+        return weights @ self._memory.regions
+
+
+class AttendedOverTime:
+    """For all steps of a training pass, whose gradients of regions, keys and score are added where
+    they stand: autograd would write them whole at each step, and add."""
+
+    def __init__(self, memory: Memory, score: Tensor) -> None:
+        regions, keys = memory.regions, memory.keys
+        kind = keys.device.type
+        if torch.is_autocast_enabled(kind):  # once, not at each step
+            regions = regions.to(torch.get_autocast_dtype(kind))
+        self._sums = _Sums(regions.detach(), keys.detach(), score.detach().to(keys.dtype))
+        self._token: Tensor = _Whole.apply(regions, keys, score, self._sums)
+
+    def scores(self, query: Tensor) -> Tensor:
+        scores: Tensor = _ScoresOfStep.apply(query, self._token, self._sums)
+        return scores
+
+    def context(self, weights: Tensor) -> Tensor:
+        context: Tensor = _ContextOfStep.apply(weights, self._token, self._sums)
+        return context
+
+
+class _Sums:
+    """Regions, keys and score of a pass, and the sums of their gradients."""
+
+    def __init__(self, regions: Tensor, keys: Tensor, score: Tensor) -> None:
+        self.regions, self.keys, self.score = regions, keys, score
+        self.wants_regions = True
+        self.of_regions: Tensor | None = None
+        self.of_keys: Tensor | None = None
+        """That of the keys by the score, which all steps share."""
+        self.of_score: Tensor | None = None
+
+
+class _Whole(torch.autograd.Function):
+    """The root of all steps, which autograd comes back to when all of them are done."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, score: Tensor) -> Tensor:
-        match = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh_()
-        score = score.to(match.dtype)
-        ctx.save_for_backward(match, score)
-        return match @ score[0]
+    def forward(ctx: Any, regions: Tensor, keys: Tensor, score: Tensor, sums: _Sums) -> Tensor:
+        ctx.sums, ctx.dtype = sums, score.dtype
+        sums.wants_regions = ctx.needs_input_grad[0]
+        return keys.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        match, score = ctx.saved_tensors
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        sums = ctx.sums
+        of_keys = None if sums.of_keys is None else sums.of_keys.mul_(sums.score)
+        of_score = None if sums.of_score is None else sums.of_score.to(ctx.dtype)
+        of_regions = sums.of_regions
+        sums.of_regions = sums.of_keys = sums.of_score = None
+        return of_regions, of_keys, of_score, None
+
+
+class _ScoresOfStep(torch.autograd.Function):
+    """The tensors (b, k, N, A) are most of what attention costs: there is one in the forward pass
+    and one in the backward pass, where autograd by itself has two and three."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, token: Tensor, sums: _Sums) -> Tensor:
+        scores, match = _scores(query, sums.keys[: len(query)], sums.score)
+        ctx.sums, ctx.dtype = sums, query.dtype
+        ctx.save_for_backward(match, token)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        match, token = ctx.saved_tensors
+        sums: _Sums = ctx.sums
+        gradient = gradient.to(match.dtype)
         of_score = gradient.reshape(1, -1) @ match.flatten(0, -2)
         of_sum = torch.ops.aten.tanh_backward(gradient.unsqueeze(-1).expand_as(match), match)
-        return of_sum.sum(dim=2) * score, of_sum.sum(dim=1) * score, of_score
+        if sums.of_keys is None or sums.of_score is None:
+            sums.of_keys, sums.of_score = torch.zeros_like(sums.keys), torch.zeros_like(of_score)
+        sums.of_score += of_score
+        for one in of_sum.unbind(dim=1):
+            sums.of_keys[: len(one)] += one
+        of_query = of_sum.sum(dim=2) * sums.score
+        return of_query.to(ctx.dtype), torch.zeros_like(token), None
+
+
+class _ContextOfStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, token: Tensor, sums: _Sums) -> Tensor:
+        ctx.sums, ctx.dtype = sums, weights.dtype
+        regions = sums.regions[: len(weights)]
+        weights = weights.to(regions.dtype)
+        ctx.save_for_backward(weights, token)
+        return weights @ regions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weights, token = ctx.saved_tensors
+        sums: _Sums = ctx.sums
+        images = len(weights)
+        if sums.wants_regions:
+            if sums.of_regions is None:
+                sums.of_regions = torch.zeros_like(sums.regions)
+            sums.of_regions[:images].baddbmm_(weights.transpose(1, 2), gradient)
+        of_weights = gradient @ sums.regions[:images].transpose(1, 2)
+        return of_weights.to(ctx.dtype), torch.zeros_like(token), None
+
+
+def _scores(query: Tensor, keys: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (b, k, N) of queries (b, k, A) and keys (b, N, A), and the tanh (b, k, N, A) that they
+    come from."""
+    match = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh_()
+    return match @ score[0].to(match.dtype), match

@@ -18,6 +18,7 @@ from caption_ray.model.decoder import (
     END,
     PAD,
     START,
+    BoundStep,
     Decoder,
     DecoderOutput,
     DecoderStep,
@@ -90,9 +91,12 @@ class Captioner(nn.Module):
         state of K sequences of each before their first word. `decoder_steps`: as for
         search.generate."""
         memory = self.decoder.prepare(self.encode(images))
-        step = decoder_steps.get(self.decoder, self.decoder.step)
         state = self.decoder.initial_state(memory, k)
-        return lambda tokens, state: step(tokens, state, memory), state
+        if self.decoder in decoder_steps:
+            step = decoder_steps[self.decoder]
+            # not one that goes on with fewer images: compiled steps are for sizes they have seen
+            return lambda tokens, state: step(tokens, state, memory), state
+        return BoundStep(self.decoder.step, memory), state
 
     @property
     def grid(self) -> tuple[int, int]:

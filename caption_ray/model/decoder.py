@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -46,6 +47,29 @@ StepFn: TypeAlias = Callable[[Tensor, State], StepOutput]
 
 DecoderStep: TypeAlias = Callable[[Tensor, State, Memory], StepOutput]
 """The form of `Decoder.step`."""
+
+
+def narrowed_step(step: StepFn, images: Tensor) -> StepFn | None:
+    """The step function of these images of the batch only, int64 (b,), if it has such a form: its
+    method `of`."""
+    of: Callable[[Tensor], StepFn | None] | None = getattr(step, "of", None)
+    return None if of is None else of(images)
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A decoder's step over the images of a batch: a StepFn that can go on with some of them."""
+
+    step: DecoderStep
+    memory: Memory
+
+    def __call__(self, tokens: Tensor, state: State) -> StepOutput:
+        return self.step(tokens, state, self.memory)
+
+    def of(self, images: Tensor) -> BoundStep:
+        """The step of these images of the batch only, int64 (b,)."""
+        parts = (None if part is None else part[images] for part in self.memory)
+        return BoundStep(self.step, Memory(*parts))  # type: ignore[arg-type]
 
 
 class DecoderOutput(NamedTuple):

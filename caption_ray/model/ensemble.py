@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from caption_ray.model.captioner import Captioner
-from caption_ray.model.decoder import Decoder, DecoderStep, State, StepFn, StepOutput
+from caption_ray.model.decoder import (
+    Decoder,
+    DecoderStep,
+    State,
+    StepFn,
+    StepOutput,
+    narrowed_step,
+)
 
 
 class Ensemble(nn.Module):
@@ -38,21 +46,39 @@ class Ensemble(nn.Module):
     ) -> tuple[StepFn, State]:
         """As of a captioner; the state is the members' states, one behind the other."""
         begun = [member.begin(images, k, decoder_steps) for member in self.members]  # type: ignore[operator]
-
-        def step(tokens: Tensor, state: State) -> StepOutput:
-            parts = iter(state)
-            outputs = [
-                member_step(tokens, tuple(islice(parts, len(initial))))
-                for member_step, initial in begun
-            ]
-            attention = [output.attention.float() for output in outputs]
-            return StepOutput(
-                _log_mean_probs([output.logits for output in outputs]),
-                tuple(part for output in outputs for part in output.state),
-                torch.stack(attention).mean(dim=0) if self.grids_agree else attention[0],
-            )
-
+        step = _JointStep(
+            [step for step, _ in begun], [len(state) for _, state in begun], self.grids_agree
+        )
         return step, tuple(part for _, state in begun for part in state)
+
+
+@dataclass(frozen=True)
+class _JointStep:
+    """The members' steps as one."""
+
+    steps: Sequence[StepFn]
+    sizes: Sequence[int]
+    """How many parts of the state belong to each."""
+    grids_agree: bool
+
+    def __call__(self, tokens: Tensor, state: State) -> StepOutput:
+        parts = iter(state)
+        outputs = [
+            step(tokens, tuple(islice(parts, size)))
+            for step, size in zip(self.steps, self.sizes, strict=True)
+        ]
+        attention = [output.attention.float() for output in outputs]
+        return StepOutput(
+            _log_mean_probs([output.logits for output in outputs]),
+            tuple(part for output in outputs for part in output.state),
+            torch.stack(attention).mean(dim=0) if self.grids_agree else attention[0],
+        )
+
+    def of(self, images: Tensor) -> _JointStep | None:
+        """Of these images only, int64 (b,), if every member's step has such a form."""
+        narrowed = [narrowed_step(step, images) for step in self.steps]
+        steps = [step for step in narrowed if step is not None]
+        return replace(self, steps=steps) if len(steps) == len(narrowed) else None
 
 
 def _log_mean_probs(logits: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from caption_ray.model.decoder import Memory, State
+from caption_ray.model.decoder import State
 
 
 class Packing:
@@ -74,15 +74,12 @@ class Packing:
         return torch.cat([step.flatten(0, 1) for step in steps])[self.real]
 
 
-def narrowed(state: State, memory: Memory, images: int, captions: int) -> tuple[State, Memory]:
-    """State and memory of the first images and captions; as they are if there are no others, since
-    the gradient of a slice is a whole tensor."""
-    if images < len(memory.regions):
-        summary = None if memory.summary is None else memory.summary[:images]
-        memory = Memory(memory.regions[:images], memory.keys[:images], summary)
-    if (images, captions) != state[0].shape[:2]:
-        state = tuple(part[:images, :captions] for part in state)
-    return state, memory
+def narrowed(state: State, images: int, captions: int) -> State:
+    """That of the first images and captions; as it is if there are no others, since the gradient of
+    a slice is a whole tensor."""
+    if (images, captions) == state[0].shape[:2]:
+        return state
+    return tuple(part[:images, :captions] for part in state)
 
 
 def placed(words: Tensor, mask: Tensor) -> Tensor:

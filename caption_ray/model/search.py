@@ -18,8 +18,20 @@ from torch import Tensor
 
 from caption_ray.config import SMALLEST, SearchConfig
 from caption_ray.model.captioner import Captioner
-from caption_ray.model.decoder import END, PAD, START, Decoder, DecoderStep, State, StepFn
+from caption_ray.model.decoder import (
+    END,
+    PAD,
+    START,
+    Decoder,
+    DecoderStep,
+    State,
+    StepFn,
+    narrowed_step,
+)
 from caption_ray.model.ensemble import Ensemble
+
+WORTH_NARROWING = 0.75
+"""Share of a batch's images that go on, at most, where the others are left out."""
 
 OnStep = Callable[[Tensor, Tensor], None]
 """Called after each step with int64 tokens (B, T) and (B,): how many of them, from the first, will
@@ -54,9 +66,9 @@ def beam_search(
 
     `state` is the initial state of K beams per image. At each step the K best continuations of an
     image's beams are kept; those that end, and all at max_length, leave the beams and are compared
-    with the captions that ended before. The search stops when no beam can win any more, so that
-    stopping early changes nothing. One beam is greedy search. `_allowed` explains `min_length` and
-    `no_repeat_ngram_size`.
+    with the captions that ended before. The search of an image stops when none of its beams can
+    win any more, so that stopping early changes nothing. One beam is greedy search. `_allowed`
+    explains `min_length` and `no_repeat_ngram_size`.
 
     Raises ValueError unless 1 <= num_return <= K.
     """
@@ -67,7 +79,8 @@ def beam_search(
             f"{num_return} were asked for"
         )
     device = state[0].device
-    image = torch.arange(batch, device=device).unsqueeze(1)  # (B, 1)
+    left = torch.arange(batch, device=device)  # images that are still searched, (b,)
+    image = left.unsqueeze(1)  # (B, 1)
     said = torch.full((batch, beams, 1), START, device=device)  # (B, K, T), START included
     # Log-probabilities of the beams, -inf for none: they all start alike, so the first will do.
     live = torch.full((batch, beams), -torch.inf, device=device)
@@ -76,13 +89,16 @@ def beam_search(
     trace: list[_Step] = []
 
     for length in range(1, max_length + 1):
-        logits, state, attention = step(said[..., -1], state)
-        allowed = _allowed(_log_probs(logits), said, min_length, no_repeat_ngram_size)
-        continued = live.unsqueeze(-1) + allowed  # (B, K, V)
-        log_probs, index = continued.flatten(1).topk(beams)
-        parent, tokens = index // logits.shape[-1], index % logits.shape[-1]  # (B, K)
+        logits, state, attention = step(said[left, :, -1], state)
+        logits, total = _sayable(logits)
+        allowed = _allowed(logits, said[left], min_length, no_repeat_ngram_size)
+        log_probs, parent, tokens = _best_continuations(live[left], allowed, total)
+        state = tuple(tensor[image[: len(left)], parent] for tensor in state)
+        if len(left) < batch:
+            log_probs = _placed(log_probs, left, batch, -torch.inf)
+            parent, tokens = _placed(parent, left, batch, 0), _placed(tokens, left, batch, PAD)
+            attention = _placed(attention, left, batch, 0)
         said = torch.cat([said[image, parent], tokens.unsqueeze(-1)], dim=-1)
-        state = tuple(tensor[image, parent] for tensor in state)
 
         ended = tokens == END if length < max_length else torch.ones_like(tokens, dtype=torch.bool)
         scores = (log_probs / length**length_penalty).masked_fill(~ended, -torch.inf)
@@ -93,7 +109,9 @@ def beam_search(
         bound = live / max_length**length_penalty  # (B, K)
         if on_step is not None:
             on_step(*_decided(trace, can_win=bound > best[:, :1]))
-        if bool((best[:, -1] >= bound.amax(dim=1)).all()):
+        over = best[:, -1] >= bound.amax(dim=1)  # (B,)
+        step, state, left = _without(over[left], step, state, left)
+        if not len(left):
             break
     return _backtrack(trace, num_return)
 
@@ -109,8 +127,8 @@ def greedy(
 ) -> Hypotheses:
     """The likeliest word at each step; `state` is the initial state of one sequence per image."""
 
-    def choose(log_probs: Tensor, said: Tensor) -> Tensor:
-        return _allowed(log_probs, said, min_length, no_repeat_ngram_size).argmax(dim=-1)
+    def choose(logits: Tensor, said: Tensor, _: Tensor) -> Tensor:
+        return _allowed(logits, said, min_length, no_repeat_ngram_size).argmax(dim=-1)
 
     return _follow(step, state, choose, max_length, on_step)
 
@@ -146,8 +164,8 @@ def sample(
             f"{SMALLEST} to 1"
         )
 
-    def draw(log_probs: Tensor, said: Tensor) -> Tensor:
-        allowed = _allowed(log_probs, said, min_length, no_repeat_ngram_size)
+    def draw(logits: Tensor, said: Tensor, images: Tensor) -> Tensor:
+        allowed = _allowed(logits, said, min_length, no_repeat_ngram_size)
         logits = allowed / temperature  # (B, K, V)
         if top_k is not None and top_k < logits.shape[-1]:
             least = logits.topk(top_k).values[..., -1:]
@@ -160,7 +178,10 @@ def sample(
         # rises there, that word's probability is not zero.
         cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
         cumulative = cumulative / cumulative[..., -1:]
-        uniform = _uniform(logits.shape[:2], generator, logits.device)  # (B, K)
+        own = generator
+        if own is not None and not isinstance(own, torch.Generator):
+            own = [own[i] for i in images.tolist()]
+        uniform = _uniform(logits.shape[:2], own, logits.device)  # (B, K)
         return torch.searchsorted(cumulative, uniform.unsqueeze(-1), right=True).squeeze(-1)
 
     return _follow(step, state, draw, max_length, on_step)
@@ -229,28 +250,35 @@ def generate(
 def _follow(
     step: StepFn,
     state: State,
-    choose: Callable[[Tensor, Tensor], Tensor],
+    choose: Callable[[Tensor, Tensor, Tensor], Tensor],
     max_length: int,
     on_step: OnStep | None,
 ) -> Hypotheses:
-    """Extend K sequences, each on its own, by the words that `choose` takes of log-probabilities
-    (B, K, V) and what was said, (B, K, T)."""
-    said = torch.full((*state[0].shape[:2], 1), START, device=state[0].device)
+    """Extend K sequences, each on its own, by the words that `choose` takes of logits (b, K, V),
+    what was said, (b, K, T), and which images these are, (b,)."""
+    batch, k = state[0].shape[:2]
+    left = torch.arange(batch, device=state[0].device)  # images that are still extended, (b,)
+    said = torch.full((batch, k, 1), START, device=left.device)
     ended = torch.zeros_like(said[..., 0], dtype=torch.bool)  # (B, K)
     total = torch.zeros(ended.shape, device=ended.device)
     attentions = []
     for _ in range(max_length):
-        logits, state, attention = step(said[..., -1], state)
-        log_probs = _log_probs(logits)
-        tokens = choose(log_probs, said).masked_fill(ended, PAD)
-        gained = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        logits, state, attention = step(said[left, :, -1], state)
+        logits, normalizer = _sayable(logits)
+        tokens = choose(logits, said[left], left)
+        gained = (logits.gather(-1, tokens.unsqueeze(-1)) - normalizer).squeeze(-1)
+        if len(left) < batch:
+            tokens, gained = _placed(tokens, left, batch, PAD), _placed(gained, left, batch, 0)
+            attention = _placed(attention, left, batch, 0)
+        tokens = tokens.masked_fill(ended, PAD)
         total = total + gained.masked_fill(ended, 0.0)
         said = torch.cat([said, tokens.unsqueeze(-1)], dim=-1)
         attentions.append(attention.masked_fill(ended.unsqueeze(-1), 0.0))
         ended = ended | (tokens == END)
         if on_step is not None:
             on_step(*_common_beginning(said[..., 1:]))
-        if bool(ended.all()):
+        step, state, left = _without(ended[left].all(dim=1), step, state, left)
+        if not len(left):
             break
     total, order = total.sort(dim=1, descending=True)
     image = torch.arange(len(order), device=order.device).unsqueeze(1)
@@ -259,17 +287,57 @@ def _follow(
     return Hypotheses(found, total, (found != PAD).sum(dim=-1), attention)
 
 
-def _log_probs(logits: Tensor) -> Tensor:
-    """The decoder's log-probabilities, in float32, but never of PAD or START."""
-    log_probs = logits.float().log_softmax(dim=-1)
-    for never in (PAD, START):
-        log_probs[..., never] = -torch.inf
-    return log_probs
+def _sayable(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The decoder's logits in float32, -inf for PAD and START, which are never said; and their
+    logsumexp (..., 1) with these, which turns any of them into a log-probability.
+
+    Subtracting it from the few that are chosen spares writing log-probabilities of all words.
+    """
+    logits = logits.float()
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    logits[..., [PAD, START]] = -torch.inf
+    return logits, total
 
 
-def _allowed(log_probs: Tensor, said: Tensor, min_length: int, no_repeat_ngram_size: int) -> Tensor:
-    """The log-probabilities (B, K, V) of the words that may follow what was `said`, int64
-    (B, K, T) with START; -inf for the others.
+def _best_continuations(
+    live: Tensor, logits: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each image's beams with log-probabilities `live` (b, K), the K best continuations: their
+    log-probabilities, the beams they continue and their words, all (b, K)."""
+    beams, words = logits.shape[1:]
+    # K of each beam are enough, and K * K of them sooner looked through than K * V
+    values, tokens = logits.topk(min(beams, words), dim=-1)  # (b, K, K)
+    log_probs, index = (live.unsqueeze(-1) + (values - total)).flatten(1).topk(beams)
+    return log_probs, index // tokens.shape[-1], tokens.flatten(1).gather(1, index)
+
+
+def _without(
+    over: Tensor, step: StepFn, state: State, left: Tensor
+) -> tuple[StepFn, State, Tensor]:
+    """Step function, state and images `left` without those whose search is `over`, bool (b,): once
+    these are some, as the others' memory is copied, or where all are."""
+    going = len(over) - int(over.sum())
+    if going == 0:
+        return step, state, left[:0]
+    if going > WORTH_NARROWING * len(over):
+        return step, state, left
+    kept = (~over).nonzero().squeeze(1)
+    narrowed = narrowed_step(step, kept)
+    if narrowed is None:
+        return step, state, left
+    return narrowed, tuple(part[kept] for part in state), left[kept]
+
+
+def _placed(values: Tensor, left: Tensor, batch: int, rest: float) -> Tensor:
+    """Values (b, ...) of the images `left` at their places among all, `rest` elsewhere."""
+    whole = values.new_full((batch, *values.shape[1:]), rest)
+    whole[left] = values
+    return whole
+
+
+def _allowed(logits: Tensor, said: Tensor, min_length: int, no_repeat_ngram_size: int) -> Tensor:
+    """The logits (B, K, V) of the words that may follow what was `said`, int64 (B, K, T) with
+    START; -inf for the others.
 
     A caption may not end before it has `min_length` words, nor may `no_repeat_ngram_size` words in
     a row be said again (0: they may; Paulus et al., 1705.04304, section 2.5). Where that leaves no
@@ -277,8 +345,8 @@ def _allowed(log_probs: Tensor, said: Tensor, min_length: int, no_repeat_ngram_s
     """
     size, length = no_repeat_ngram_size, said.shape[-1]
     if min_length == 0 and size == 0:
-        return log_probs
-    allowed = log_probs.clone()
+        return logits
+    allowed = logits.clone()
     if length - 1 < min_length:
         allowed[..., END] = -torch.inf
     if 0 < size <= length:
@@ -288,7 +356,7 @@ def _allowed(log_probs: Tensor, said: Tensor, min_length: int, no_repeat_ngram_s
         # PAD is never said anyway
         allowed.scatter_(-1, ngrams[..., -1].masked_fill(~again, PAD), -torch.inf)
     none_left = allowed.isneginf().all(dim=-1)
-    allowed[..., END] = torch.where(none_left, log_probs[..., END], allowed[..., END])
+    allowed[..., END] = torch.where(none_left, logits[..., END], allowed[..., END])
     return allowed
 
 

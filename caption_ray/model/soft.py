@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig
-from caption_ray.model.attention import AdditiveAttention
+from caption_ray.model.attention import (
+    AdditiveAttention,
+    Attended,
+    AttendedOnce,
+    AttendedOverTime,
+)
 from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State, StepOutput
 from caption_ray.model.recurrence import OverTime, Packing, narrowed, placed
 
@@ -76,8 +81,9 @@ class SoftAttentionDecoder(Decoder):
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
         words = self.dropout(self.embedding(tokens))  # (B, K, D)
+        attended = AttendedOnce(memory, self.attention.score.weight)
         state, context, attention = self._advance(
-            self.from_word(words), state, memory, self.from_hidden, self.from_context
+            self.from_word(words), state, attended, self.from_hidden, self.from_context
         )
         return StepOutput(self._logits(words, state[0], context), state, attention)
 
@@ -87,12 +93,13 @@ class SoftAttentionDecoder(Decoder):
         words = self.dropout(self.embedding(packing.rows(tokens)))  # (R, D)
         memory = self.prepare(regions[packing.images])
         state = self.initial_state(memory, tokens.shape[1])
+        attended = AttendedOverTime(memory, self.attention.score.weight)
         maps = OverTime(self.from_hidden), OverTime(self.from_context)
 
         hiddens, contexts, attentions = [], [], []
         for word in packing.steps(self.from_word(words)):
-            state, memory = narrowed(state, memory, *word.shape[:2])
-            state, context, attention = self._advance(word, state, memory, *maps)
+            state = narrowed(state, *word.shape[:2])
+            state, context, attention = self._advance(word, state, attended, *maps)
             hiddens.append(state[0])
             contexts.append(context)
             attentions.append(attention)
@@ -105,7 +112,7 @@ class SoftAttentionDecoder(Decoder):
         self,
         word: Tensor,
         state: State,
-        memory: Memory,
+        attended: Attended,
         from_hidden: Map,
         from_context: Map,
     ) -> tuple[State, Tensor, Tensor]:
@@ -114,7 +121,7 @@ class SoftAttentionDecoder(Decoder):
         word (B, K, gates * H): the words' part of the cell's input.
         """
         query, gate, recurrent = torch.split(from_hidden(state[0]), self.from_hidden_dims, dim=-1)
-        context, attention = self.attention(query, memory.keys, memory.regions)
+        context, attention = self.attention(query, attended)
         if self.config.gate:
             context = gate.sigmoid() * context
         cell = _lstm if self.config.cell == "lstm" else _gru

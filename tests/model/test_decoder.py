@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from caption_ray.config import DecoderConfig, seed
 from caption_ray.model import captioner as captioner_module
 from caption_ray.model import decoder as decoder_module
+from caption_ray.model.attention import AttendedOnce
 from caption_ray.model.captioner import build_decoder
 from caption_ray.model.decoder import (
     END,
@@ -237,7 +238,8 @@ def test_recurrence_equals_torchs_cell(cell: str) -> None:
         hidden = state[0]
         state = decoder.step(tokens, state, memory).state
         query, gate, _ = decoder.from_hidden(hidden).split([A, 1, len(order) * H], dim=-1)
-        context, _ = decoder.attention(query, memory.keys, memory.regions)
+        attended = AttendedOnce(memory, decoder.attention.score.weight)
+        context, _ = decoder.attention(query, attended)
         inputs = torch.cat([decoder.embedding(tokens), gate.sigmoid() * context], dim=-1)
         hx = expected if cell == "lstm" else expected[0]
         result = reference(inputs.flatten(0, 1), hx)

@@ -106,6 +106,46 @@ def test_stopping_early_changes_nothing(penalty: float) -> None:
                 assert words(few, image, rank) == words(every, image, rank)
 
 
+class Narrowing(NamedTuple):
+    """A toy's step that can go on with some of its images, and notes how many."""
+
+    model: Toy
+    sizes: list[int]
+
+    def __call__(self, tokens: Tensor, state: State) -> StepOutput:
+        return self.model.step(tokens, state)
+
+    def of(self, images: Tensor) -> Narrowing:
+        self.sizes.append(len(images))
+        return Narrowing(Toy(self.model.tables[images]), self.sizes)
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam search", "sampling"])
+def test_leaving_out_images_that_are_done_changes_nothing(search: str) -> None:
+    model, told = toy(batch=16), {False: [], True: []}
+
+    def found(narrowing: bool) -> tuple[Hypotheses, list[int]]:
+        sizes: list[int] = []
+        step: Any = Narrowing(model, sizes) if narrowing else model.step
+        options: dict[str, Any] = {"max_length": 30, "no_repeat_ngram_size": 3}
+        options["on_step"] = lambda tokens, counts: told[narrowing].append((tokens, counts))
+        if search == "greedy":
+            return greedy(step, model.start(1), **options), sizes
+        if search == "beam search":
+            options |= {"length_penalty": 0.7, "num_return": 2}
+            return beam_search(step, model.start(3), **options), sizes
+        own = [torch.Generator().manual_seed(image) for image in range(16)]
+        return sample(step, model.start(2), generator=own, **options), sizes
+
+    (all_the_time, none), (narrowed, sizes) = found(False), found(True)
+    assert_same(all_the_time, narrowed)
+    assert not none and len(sizes) > 1 and sizes == sorted(sizes, reverse=True)
+    for (tokens, counts), (same, same_counts) in zip(told[False], told[True], strict=True):
+        assert torch.equal(counts, same_counts)
+        for line, other, count in zip(tokens, same, counts, strict=True):
+            assert torch.equal(line[:count], other[:count])
+
+
 def test_one_beam_equals_greedy() -> None:
     for seed in range(20):
         model = toy(seed=seed)
