@@ -324,6 +324,10 @@ class TrainConfig(_Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast type; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
 
+    compile: bool = True
+    """On GPUs, run the decoder's recurrence with kernels compiled for it, launched as CUDA graphs;
+    its first steps take longer, and nodes need a C compiler."""
+
     seed: int = 0
     """Seeds initialisation, dropout and the order of each epoch."""
 

@@ -72,7 +72,7 @@ def run(options: Model) -> None:
             f"{name}: {regions} regions of 2048, {CAPTIONS} captions, {threads} threads",
             {
                 **{way: training(decoder, batch, baseline, dtype) for way, baseline in loops},
-                "caption_ray": training(decoder, batch, None, dtype),
+                **ours(decoder, batch, dtype),
             },
             loops[0][0],
         )
@@ -80,10 +80,11 @@ def run(options: Model) -> None:
     measure(
         f"soft and adaptive: 196 regions of 2048, {CAPTIONS} captions, {threads} threads",
         {
-            kind.name: training(
-                build_decoder(kind, 2048, VOCABULARY).to(device), batch, None, dtype
-            )
+            f"{kind.name}{way.removeprefix('caption_ray')}": step
             for kind in (soft, adaptive)
+            for way, step in ours(
+                build_decoder(kind, 2048, VOCABULARY).to(device), batch, dtype
+            ).items()
         },
         "soft",
     )
@@ -108,14 +109,30 @@ class Batch:
         return cls(torch.from_numpy(values).to(device), torch.from_numpy(tokens).to(device))
 
 
+def ours(
+    decoder: Decoder, batch: Batch, dtype: torch.dtype | None
+) -> dict[str, Callable[[], float]]:
+    """As the trainer does it; on a GPU also without what it compiles."""
+    ways = {"caption_ray": training(decoder, batch, None, dtype, compiled=True)}
+    if batch.tokens.is_cuda:
+        ways["caption_ray, not compiled"] = training(decoder, batch, None, dtype)
+    return ways
+
+
 Forward = Callable[[Decoder, Tensor, Tensor], DecoderOutput]
 
 
 def training(
-    decoder: Decoder, batch: Batch, forward: Forward | None, dtype: torch.dtype | None
+    decoder: Decoder,
+    batch: Batch,
+    forward: Forward | None,
+    dtype: torch.dtype | None,
+    compiled: bool = False,
 ) -> Callable[[], float]:
     """Steps of a copy of the decoder; forward: the decoder's own unless another is given."""
     decoder = copy.deepcopy(decoder).train()
+    if compiled and batch.tokens.is_cuda:
+        decoder.compile_training()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
     tokens = batch.tokens
     if forward is None:
@@ -140,7 +157,7 @@ def _own(decoder: Decoder, regions: Tensor, tokens: Tensor) -> DecoderOutput:
 
 def loss(output: DecoderOutput, tokens: Tensor) -> Tensor:
     """Nats per real word."""
-    targets = tokens[..., 1:][output.mask]
+    targets = output.targets(tokens)
     return token_loss(output.logits, targets)[0] / len(targets)
 
 

@@ -5,13 +5,26 @@ Shapes as in decoder.py, and T steps; G gates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig
 from caption_ray.model.attention import Attended, AttendedOnce, AttendedOverTime
-from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State, StepOutput
+from caption_ray.model.decoder import (
+    PAD,
+    Decoder,
+    DecoderOutput,
+    Memory,
+    State,
+    StepOutput,
+    places_of,
+)
+from caption_ray.model.fused import AttendedFused
+from caption_ray.model.graphs import GRAPHED_STEPS, Graphed
 from caption_ray.model.recurrence import Packing, placed
 
 
@@ -39,6 +52,7 @@ class AdaptiveAttentionDecoder(Decoder):
         self.score = nn.Linear(config.attention_dim, 1, bias=False)  # w_h
         self.output = nn.Linear(hidden, vocab_size)
         nn.init.normal_(self.embedding.weight, std=word_dim**-0.5)
+        self._graphed: Graphed | None = None
 
     def prepare(self, regions: Tensor) -> Memory:
         """Regions (B, N, H) with the whole picture's summary, (B, 1, D), kept beside the keys."""
@@ -62,28 +76,63 @@ class AdaptiveAttentionDecoder(Decoder):
         mixed, attention = self._attend(new[0], sentinel, attended)
         return StepOutput(self.output(self.dropout(mixed)), new, attention)
 
-    def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+    def forward(
+        self, regions: Tensor, tokens: Tensor, num_words: int | None = None
+    ) -> DecoderOutput:
+        if self._graphed is not None and regions.is_cuda:
+            return self._forward_graphed(regions, tokens, num_words)
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
         longest = max(1, int(mask.sum(dim=-1).max()))
         memory = self.prepare(regions)
-        entering = self._entering(tokens[..., :longest], memory)  # (B, K, T, 2 D)
         batch, k = tokens.shape[:2]
-        rows = entering.flatten(0, 1)  # (B K, T, 2 D)
-        hidden, _ = self.lstm(rows)  # (B K, T, H)
-        before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
-        gate = self.sentinel_gate(torch.cat([rows, before], dim=-1)).sigmoid()
-        sentinel = gate * self._cells(rows, before).tanh()
+        hidden, sentinel = self._hidden(tokens[..., :longest], memory, _cells)
 
         # Attention, too, could take all steps at once; a step at a time, what it writes down fits
         # the processor's cache.
         packing = Packing(mask)
         memory = Memory(memory.regions[packing.images], memory.keys[packing.images])
         attended = AttendedOverTime(memory, self.score.weight)
-        both = torch.cat([hidden, sentinel], dim=-1).view(batch, k, longest, -1)
+        both = torch.cat([hidden, sentinel], dim=-1)
         steps = (step.chunk(2, dim=-1) for step in packing.steps(packing.rows(both)))
         found = [self._attend(hidden, sentinel, attended) for hidden, sentinel in steps]
         mixed, attention = (packing.words(list(parts)) for parts in zip(*found, strict=True))
         return DecoderOutput(self.output(self.dropout(mixed)), placed(attention, mask), mask)
+
+    def compile_training(self) -> None:
+        self._graphed = Graphed(lambda keep, added: (_cells(keep, added),), ())
+
+    def _forward_graphed(
+        self, regions: Tensor, tokens: Tensor, num_words: int | None
+    ) -> DecoderOutput:
+        """`forward` with the attention of all steps at once, which is what a GPU can do."""
+        mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
+        steps = mask.shape[-1]
+        places = places_of(mask, num_words)  # (M,)
+        memory = self.prepare(regions)
+        rest = -steps % GRAPHED_STEPS
+        graphed = self._graphed
+        assert graphed is not None
+
+        def cells(keep: Tensor, added: Tensor) -> Tensor:
+            (found,) = graphed(*(F.pad(part, (0, 0, 0, rest)) for part in (keep, added)))
+            return found[:, :steps]
+
+        hidden, sentinel = self._hidden(tokens[..., :-1], memory, cells)
+        attended = AttendedFused(memory, self.score.weight)
+        mixed, attention = self._attend(hidden.flatten(1, 2), sentinel.flatten(1, 2), attended)
+        logits = self.output(self.dropout(mixed.flatten(0, 1).index_select(0, places)))
+        attention = attention.view(*mask.shape, -1) * mask.unsqueeze(-1)
+        return DecoderOutput(logits, attention, mask, places)
+
+    def _hidden(self, tokens: Tensor, memory: Memory, cells: Cells) -> tuple[Tensor, Tensor]:
+        """The LSTM's hidden states and the sentinels, (B, K, T, H), of words (B, K, T)."""
+        rows = self._entering(tokens, memory).flatten(0, 1)  # (B K, T, 2 D)
+        hidden, _ = self.lstm(rows)  # (B K, T, H)
+        before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
+        gate = self.sentinel_gate(torch.cat([rows, before], dim=-1)).sigmoid()
+        sentinel = gate * cells(*self._kept_and_added(rows, before)).tanh()
+        shape = (*tokens.shape, -1)
+        return hidden.view(shape), sentinel.view(shape)
 
     def _entering(self, tokens: Tensor, memory: Memory) -> Tensor:
         """The LSTM's input (B, K, T, 2 D): words (B, K, T), and the whole picture with each."""
@@ -92,23 +141,17 @@ class AdaptiveAttentionDecoder(Decoder):
         picture = memory.summary.to(words.dtype)[:, None, None].expand_as(words)
         return torch.cat([words, picture], dim=-1)
 
-    def _cells(self, entering: Tensor, before: Tensor) -> Tensor:
-        """The LSTM's memory after each step (B K, T, H), which torch's kernel keeps to itself.
+    def _kept_and_added(self, entering: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """What the LSTM's memory keeps of itself and is added at each step, (B K, T, H); torch's
+        kernel keeps the memory itself to itself.
 
-        The gates of all steps follow in one product from its inputs and hidden states; only
-        c = f c + i g is left to do step by step.
+        The gates of all steps follow in one product from its inputs and hidden states.
         """
         from_input, from_hidden, *biases = self.lstm.all_weights[0]
         gates = F.linear(entering, from_input, biases[0])
         gates = gates + F.linear(before.to(gates.dtype), from_hidden, biases[1])
         admit, keep, new, _ = gates.float().chunk(4, dim=-1)
-        added = admit.sigmoid() * new.tanh()
-        cell = torch.zeros_like(added[:, 0])
-        cells = []
-        for one_keep, one_added in zip(keep.sigmoid().unbind(1), added.unbind(1), strict=True):
-            cell = one_keep * cell + one_added
-            cells.append(cell)
-        return torch.stack(cells, dim=1)
+        return keep.sigmoid(), admit.sigmoid() * new.tanh()
 
     def _attend(
         self, hidden: Tensor, sentinel: Tensor, attended: Attended
@@ -122,3 +165,16 @@ class AdaptiveAttentionDecoder(Decoder):
         trust = torch.cat([scores, rest], dim=-1).softmax(dim=-1)[..., -1:]  # beta, (B, Q, 1)
         context = attended.context(attention)
         return trust * sentinel + (1 - trust) * context + hidden, attention
+
+
+Cells: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def _cells(keep: Tensor, added: Tensor) -> Tensor:
+    """An LSTM's memory after each step, c = keep c + added: all (B K, T, H)."""
+    cell = torch.zeros_like(added[:, 0])
+    cells = []
+    for one_keep, one_added in zip(keep.unbind(1), added.unbind(1), strict=True):
+        cell = one_keep * cell + one_added
+        cells.append(cell)
+    return torch.stack(cells, dim=1)

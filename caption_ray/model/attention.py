@@ -119,13 +119,13 @@ class _ScoresOfStep(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, token: Tensor, sums: _Sums) -> Tensor:
         scores, match = _scores(query, sums.keys[: len(query)], sums.score)
         ctx.sums, ctx.dtype = sums, query.dtype
-        ctx.save_for_backward(match, token)
+        ctx.save_for_backward(match)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        match, token = ctx.saved_tensors
+        (match,) = ctx.saved_tensors
         sums: _Sums = ctx.sums
         gradient = gradient.to(match.dtype)
         of_score = gradient.reshape(1, -1) @ match.flatten(0, -2)
@@ -136,7 +136,7 @@ class _ScoresOfStep(torch.autograd.Function):
         for one in of_sum.unbind(dim=1):
             sums.of_keys[: len(one)] += one
         of_query = of_sum.sum(dim=2) * sums.score
-        return of_query.to(ctx.dtype), torch.zeros_like(token), None
+        return of_query.to(ctx.dtype), None, None
 
 
 class _ContextOfStep(torch.autograd.Function):
@@ -145,13 +145,13 @@ class _ContextOfStep(torch.autograd.Function):
         ctx.sums, ctx.dtype = sums, weights.dtype
         regions = sums.regions[: len(weights)]
         weights = weights.to(regions.dtype)
-        ctx.save_for_backward(weights, token)
+        ctx.save_for_backward(weights)
         return weights @ regions
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weights, token = ctx.saved_tensors
+        (weights,) = ctx.saved_tensors
         sums: _Sums = ctx.sums
         images = len(weights)
         if sums.wants_regions:
@@ -159,7 +159,7 @@ class _ContextOfStep(torch.autograd.Function):
                 sums.of_regions = torch.zeros_like(sums.regions)
             sums.of_regions[:images].baddbmm_(weights.transpose(1, 2), gradient)
         of_weights = gradient @ sums.regions[:images].transpose(1, 2)
-        return of_weights.to(ctx.dtype), torch.zeros_like(token), None
+        return of_weights.to(ctx.dtype), None, None
 
 
 def _scores(query: Tensor, keys: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from caption_ray.model.decoder import (
     DecoderStep,
     State,
     StepFn,
+    places_of,
 )
 from caption_ray.model.encoder import Encoder, build_encoder
 from caption_ray.model.soft import SoftAttentionDecoder
@@ -54,34 +55,44 @@ class Captioner(nn.Module):
         regions: Tensor = self.encoder(images)
         return regions
 
-    def forward(self, images: Tensor, tokens: Tensor, own_words: float = 0.0) -> DecoderOutput:
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        own_words: float = 0.0,
+        num_words: int | None = None,
+    ) -> DecoderOutput:
         """Predict each word of tokens, int64 (B, K, L), from images, as `encode` takes them, and
         the words before it; an image is encoded once for its K captions.
 
         own_words: share of those words that are drawn from the model's own predictions instead
-        (scheduled sampling).
+        (scheduled sampling). num_words: as for Decoder.forward.
         """
         regions = self.encode(images)
         if own_words > 0:
-            tokens = self._with_own_words(regions, tokens, own_words)
-        output: DecoderOutput = self.decoder(regions, tokens)
+            tokens = self._with_own_words(regions, tokens, own_words, num_words)
+        output: DecoderOutput = self.decoder(regions, tokens, num_words)
         return output
 
     @torch.no_grad()
-    def _with_own_words(self, regions: Tensor, tokens: Tensor, share: float) -> Tensor:
+    def _with_own_words(
+        self, regions: Tensor, tokens: Tensor, share: float, num_words: int | None = None
+    ) -> Tensor:
         """`tokens` with a share of the words replaced by what the model predicts in their place.
 
         All are drawn at once, each after the given words before it, so that every decoder stays as
         parallel as it is (parallel scheduled sampling with one pass: Duckworth et al., 1906.04331).
         """
-        logits, _, mask = self.decoder(regions.detach(), tokens)
-        logits[:, [PAD, START]] = -torch.inf
-        drawn = logits.float().softmax(dim=-1).multinomial(1).squeeze(-1)  # (M,)
-        given = tokens[..., 1:][mask]
+        output: DecoderOutput = self.decoder(regions.detach(), tokens, num_words)
+        output.logits[:, [PAD, START]] = -torch.inf
+        drawn = output.logits.float().softmax(dim=-1).multinomial(1).squeeze(-1)  # (M,)
+        given = output.targets(tokens)
         # an END stays where it is: what follows it is not predicted
         replace = (torch.rand(given.shape, device=given.device) < share) & (given != END)
         mixed = tokens.clone()
-        mixed[..., 1:][mask] = torch.where(replace, drawn, given)
+        places = places_of(output.mask, num_words) if output.places is None else output.places
+        words = mixed[..., 1:].flatten().index_copy(0, places, torch.where(replace, drawn, given))
+        mixed[..., 1:] = words.view_as(output.mask)
         return mixed
 
     def begin(

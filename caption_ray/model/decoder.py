@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 PAD, START, END = 0, 1, 2
@@ -81,6 +82,22 @@ class DecoderOutput(NamedTuple):
     """(B, K, L - 1, N); zero after a caption's end."""
     mask: Tensor
     """Bool (B, K, L - 1): the steps whose target is a real word, END included."""
+    places: Tensor | None = None
+    """Where the real words stand in the flattened mask, int64 (M,), if the decoder knows: whoever
+    reads that off the mask must wait for the GPU."""
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        """The real words (M,) of tokens (B, K, L)."""
+        if self.places is None:
+            return tokens[..., 1:][self.mask]
+        return tokens[..., 1:].flatten().index_select(0, self.places)
+
+
+def places_of(mask: Tensor, num_words: int | None) -> Tensor:
+    """Where the flattened mask is true, int64 (M,). Without a wait for the GPU if M is given."""
+    if num_words is None:
+        return mask.flatten().nonzero().squeeze(1)
+    return torch.nonzero_static(mask.flatten(), size=num_words).squeeze(1)
 
 
 class Decoder(nn.Module, ABC):
@@ -88,6 +105,10 @@ class Decoder(nn.Module, ABC):
 
     `forward` must give what a loop over `step` gives, and may compute all steps at once.
     """
+
+    def compile_training(self) -> None:
+        """Let `forward` on a GPU use kernels of its own and CUDA graphs from now on, where the
+        decoder has some. To be called last, as a module with graphs cannot be copied."""
 
     @abstractmethod
     def prepare(self, regions: Tensor) -> Memory:
@@ -102,5 +123,11 @@ class Decoder(nn.Module, ABC):
         """Predict the word after tokens, int64 (B, K)."""
 
     @abstractmethod
-    def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
-        """Predict each word of tokens, int64 (B, K, L), from those before it (teacher forcing)."""
+    def forward(
+        self, regions: Tensor, tokens: Tensor, num_words: int | None = None
+    ) -> DecoderOutput:
+        """Predict each word of tokens, int64 (B, K, L), from those before it (teacher forcing).
+
+        num_words: M, if the caller knows it; a decoder may need it, and must wait for the GPU to
+        learn it.
+        """

@@ -123,15 +123,15 @@ class _Step(torch.autograd.Function):
         tape: list[tuple[Tensor, Tensor]],
     ) -> Tensor:  # fmt: skip
         ctx.tape = tape
-        ctx.save_for_backward(entering, token, weight)
+        ctx.save_for_backward(entering, weight)
         return F.linear(entering, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        entering, token, weight = ctx.saved_tensors
+        entering, weight = ctx.saved_tensors
         ctx.tape.append((entering.flatten(0, -2), gradient.flatten(0, -2)))
-        return gradient @ weight, torch.zeros_like(token), None, None, None
+        return gradient @ weight, None, None, None, None
 
 
 class _Sum(torch.autograd.Function):

@@ -5,8 +5,8 @@ Shapes as in decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,30 @@ from caption_ray.model.attention import (
     AttendedOnce,
     AttendedOverTime,
 )
-from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State, StepOutput
+from caption_ray.model.decoder import (
+    PAD,
+    Decoder,
+    DecoderOutput,
+    Memory,
+    State,
+    StepOutput,
+    places_of,
+)
+from caption_ray.model.fused import AttendedFused, fused
+from caption_ray.model.graphs import GRAPHED_STEPS, Graphed
 from caption_ray.model.recurrence import OverTime, Packing, narrowed, placed
 
 Map: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class _Maps(NamedTuple):
+    """What a step computes with: the maps and functions themselves, or their forms for a pass over
+    all steps."""
+
+    from_hidden: Map
+    from_context: Map
+    gated: Callable[[Tensor, Tensor], Tensor]
+    cell: Callable[..., State]
 
 
 class SoftAttentionDecoder(Decoder):
@@ -58,6 +78,8 @@ class SoftAttentionDecoder(Decoder):
         mixed_dim = word_dim if deep else hidden
         self.mix = nn.Linear(hidden + region_dim if deep else hidden, mixed_dim)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        self._cell: Callable[..., State] = _lstm if config.cell == "lstm" else _gru
+        self._graphed: Graphed | None = None
         self.output_weight: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.output_weight = nn.Parameter(torch.empty(vocab_size, mixed_dim))
@@ -82,73 +104,124 @@ class SoftAttentionDecoder(Decoder):
     def step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
         words = self.dropout(self.embedding(tokens))  # (B, K, D)
         attended = AttendedOnce(memory, self.attention.score.weight)
-        state, context, attention = self._advance(
-            self.from_word(words), state, attended, self.from_hidden, self.from_context
-        )
-        return StepOutput(self._logits(words, state[0], context), state, attention)
+        maps = _Maps(self.from_hidden, self.from_context, _gated, self._cell)
+        state, context, attention = self._advance(self.from_word(words), state, attended, maps)
+        logits = self._logits(self._mixed(words, state[0], context))
+        return StepOutput(logits, state, attention)
 
-    def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+    def forward(
+        self, regions: Tensor, tokens: Tensor, num_words: int | None = None
+    ) -> DecoderOutput:
+        if self._graphed is not None and regions.is_cuda:
+            return self._forward_graphed(regions, tokens, num_words)
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
         packing = Packing(mask)
         words = self.dropout(self.embedding(packing.rows(tokens)))  # (R, D)
         memory = self.prepare(regions[packing.images])
         state = self.initial_state(memory, tokens.shape[1])
         attended = AttendedOverTime(memory, self.attention.score.weight)
-        maps = OverTime(self.from_hidden), OverTime(self.from_context)
+        maps = _Maps(OverTime(self.from_hidden), OverTime(self.from_context), _gated, self._cell)
+        found = self._all_steps(packing.steps(self.from_word(words)), state, attended, maps)
+        hidden, context, attention = map(packing.words, found)
+        logits = self._logits(self._mixed(words[packing.real], hidden, context))  # (M, V)
+        return DecoderOutput(logits, placed(attention, mask), mask)
 
+    def compile_training(self) -> None:
+        outside = {id(self.embedding.weight), id(self.output_weight), id(self.output_bias)}
+        inside = [weight for weight in self.parameters() if id(weight) not in outside]
+        self._graphed = Graphed(self._unrolled, inside)
+
+    def _forward_graphed(
+        self, regions: Tensor, tokens: Tensor, num_words: int | None
+    ) -> DecoderOutput:
+        """`forward` with every caption in every step, which is what a GPU can do at once."""
+        mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
+        steps = mask.shape[-1]
+        rest = -steps % GRAPHED_STEPS
+        places = places_of(mask, num_words)  # (M,)
+        words = self.dropout(self.embedding(F.pad(tokens[..., :-1], (0, rest), value=PAD)))
+        assert self._graphed is not None
+        mixed, attention = self._graphed(words, regions)
+        among_all = places + places // steps * rest
+        logits = self._logits(mixed.flatten(0, 2).index_select(0, among_all))
+        return DecoderOutput(logits, attention[:, :, :steps] * mask.unsqueeze(-1), mask, places)
+
+    def _unrolled(self, words: Tensor, regions: Tensor) -> tuple[Tensor, ...]:
+        """What logits are read from, (B, K, T, D or H), and attention, (B, K, T, N), at all steps
+        with words (B, K, T, D)."""
+        memory = self.prepare(regions)
+        state = self.initial_state(memory, words.shape[1])
+        attended = AttendedFused(memory, self.attention.score.weight)
+        over_time = OverTime(self.from_hidden), OverTime(self.from_context)
+        maps = _Maps(*over_time, fused(_gated), fused(self._cell))
+        found = self._all_steps(self.from_word(words).unbind(dim=2), state, attended, maps)
+        hidden, context, attention = (torch.stack(steps, dim=2) for steps in found)
+        return self._mixed(words, hidden, context), attention
+
+    def _all_steps(
+        self,
+        words: Sequence[Tensor],
+        state: State,
+        attended: Attended,
+        maps: _Maps,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What `_advance` gives at each step: hidden states, contexts and attentions."""
         hiddens, contexts, attentions = [], [], []
-        for word in packing.steps(self.from_word(words)):
+        for word in words:
             state = narrowed(state, *word.shape[:2])
-            state, context, attention = self._advance(word, state, attended, *maps)
+            state, context, attention = self._advance(word, state, attended, maps)
             hiddens.append(state[0])
             contexts.append(context)
             attentions.append(attention)
-
-        hidden, context, attention = map(packing.words, (hiddens, contexts, attentions))
-        logits = self._logits(words[packing.real], hidden, context)  # (M, V)
-        return DecoderOutput(logits, placed(attention, mask), mask)
+        return hiddens, contexts, attentions
 
     def _advance(
-        self,
-        word: Tensor,
-        state: State,
-        attended: Attended,
-        from_hidden: Map,
-        from_context: Map,
+        self, word: Tensor, state: State, attended: Attended, maps: _Maps
     ) -> tuple[State, Tensor, Tensor]:
         """The recurrent part of a step: state, gated context (B, K, E) and attention (B, K, N).
 
         word (B, K, gates * H): the words' part of the cell's input.
         """
-        query, gate, recurrent = torch.split(from_hidden(state[0]), self.from_hidden_dims, dim=-1)
+        from_hidden = maps.from_hidden(state[0])
+        query, gate, recurrent = torch.split(from_hidden, self.from_hidden_dims, dim=-1)
         context, attention = self.attention(query, attended)
         if self.config.gate:
-            context = gate.sigmoid() * context
-        cell = _lstm if self.config.cell == "lstm" else _gru
-        return cell(word + from_context(context), recurrent, state), context, attention
+            context = maps.gated(context, gate)
+        state = maps.cell(word, maps.from_context(context), recurrent, state)
+        return state, context, attention
 
-    def _logits(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """Logits (..., V) of the words before (..., D), states (..., H) and contexts (..., E)."""
+    def _mixed(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """What logits are read from, of the words before (..., D), states (..., H) and contexts
+        (..., E)."""
         if self.config.output == "deep":  # equation 7
-            mixed = words + self.mix(torch.cat([hidden, context], dim=-1))
+            mixed: Tensor = words + self.mix(torch.cat([hidden, context], dim=-1))
         else:
             mixed = self.mix(hidden)
+        return mixed
+
+    def _logits(self, mixed: Tensor) -> Tensor:
+        """Logits (..., V) of what `_mixed` gives."""
         weight = self.embedding.weight if self.output_weight is None else self.output_weight
         return F.linear(self.dropout(mixed), weight, self.output_bias)
 
 
-def _lstm(entering: Tensor, recurrent: Tensor, state: State) -> State:
+def _gated(context: Tensor, gate: Tensor) -> Tensor:
+    return gate.sigmoid() * context
+
+
+def _lstm(word: Tensor, context: Tensor, recurrent: Tensor, state: State) -> State:
     """A step of an LSTM (Hochreiter and Schmidhuber 1997); gates: input, forget, output, new."""
-    hidden, cell = state
-    gates, new = (entering + recurrent).tensor_split([3 * cell.shape[-1]], dim=-1)
+    _, cell = state
+    gates, new = (word + context + recurrent).tensor_split([3 * cell.shape[-1]], dim=-1)
     admit, keep, emit = gates.sigmoid().chunk(3, dim=-1)
     cell = keep * cell + admit * new.tanh()
     return emit * cell.tanh(), cell
 
 
-def _gru(entering: Tensor, recurrent: Tensor, state: State) -> State:
+def _gru(word: Tensor, context: Tensor, recurrent: Tensor, state: State) -> State:
     """A step of a GRU (Cho et al. 2014, reset after the matrix); gates: reset, update, new."""
     (hidden,) = state
+    entering = word + context
     dims = [2 * hidden.shape[-1]]
     (gates_in, new_in), (gates, new) = (x.tensor_split(dims, dim=-1) for x in (entering, recurrent))
     reset, update = (gates_in + gates).sigmoid().chunk(2, dim=-1)

@@ -56,7 +56,9 @@ class TransformerDecoder(Decoder):
         hidden, state, attention = self._run(tokens.unsqueeze(-1), state, memory)
         return StepOutput(self.output(self.norm(hidden.squeeze(2))), state, attention.squeeze(2))
 
-    def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+    def forward(
+        self, regions: Tensor, tokens: Tensor, num_words: int | None = None
+    ) -> DecoderOutput:
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
         longest = max(1, int(mask.sum(dim=-1).max()))
         memory = self.prepare(regions)

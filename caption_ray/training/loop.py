@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from caption_ray.config import TrainConfig
-from caption_ray.model.decoder import END, PAD, START
+from caption_ray.model.decoder import END, PAD, START, DecoderOutput
 from caption_ray.model.loss import doubly_stochastic, token_loss
 
 
@@ -43,6 +43,8 @@ class Example:
     """int64 (B, K, L), cut at the longest caption"""
     weight: float
     """1; 0 for a stand-in batch of a worker that has run out of pictures before the others"""
+    num_words: int | None = None
+    """Real words, the ends of captions included, where the host knows"""
 
 
 @dataclass
@@ -127,7 +129,8 @@ def to_example(
         for array in (images, tokens[..., :longest])
     ]
     on_device = [tensor.to(device, non_blocking=True) for tensor in pinned]
-    return Example(on_device[0], on_device[1].long(), weight)
+    num_words = int((tokens[..., 1:] != PAD).sum())
+    return Example(on_device[0], on_device[1].long(), weight, num_words)
 
 
 def learning_rate_factor(
@@ -233,11 +236,18 @@ def train_step(
     for number, (images, tokens) in enumerate(parts):
         last = number == len(parts) - 1
         wait = isinstance(model, DistributedDataParallel) and not last
+        num_words = example.num_words if len(parts) == 1 else None
         with model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
-            loss, part_nll, spread = _forward(
-                model, images, tokens, autocast, settings.label_smoothing, own_words
+            with _autocast(images, autocast):
+                output: DecoderOutput = model(images, tokens, own_words, num_words)
+            loss, part_nll = token_loss(
+                output.logits, output.targets(tokens), settings.label_smoothing
             )
-            backward(per_word * loss + per_caption * spread, example)
+            loss = per_word * loss
+            if settings.attention_regularization > 0:
+                spread, _ = doubly_stochastic(output.attention, output.mask)
+                loss = loss + per_caption * spread
+            backward(loss, example)
         nll += example.weight * part_nll.detach()
     norm = take_step(optimizer, settings)
     counts.nll.copy_(nll)
@@ -274,7 +284,9 @@ def validate(
     total: Sums | None = None
     for example in examples:
         counts = _counts(example)
-        _, nll, _ = _forward(model, example.images, example.tokens, autocast)
+        with _autocast(example.images, autocast):
+            output = model(example.images, example.tokens, 0.0, example.num_words)
+        _, nll = token_loss(output.logits, output.targets(example.tokens))
         counts.nll.copy_(example.weight * nll)
         total = total or Sums.zero(nll.device)
         total.add(counts)
@@ -296,20 +308,8 @@ def require_finite(losses: list[Tensor], first_step: int, epoch: int) -> None:
         )
 
 
-def _forward(
-    model: nn.Module,
-    images: Tensor,
-    tokens: Tensor,
-    autocast: torch.dtype | None,
-    smoothing: float = 0.0,
-    own_words: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of what is minimised, the negative log-likelihood and the doubly stochastic term."""
-    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
-        output = model(images, tokens, own_words)
-    loss, nll = token_loss(output.logits, tokens[..., 1:][output.mask], smoothing)
-    spread, _ = doubly_stochastic(output.attention, output.mask)
-    return loss, nll, spread
+def _autocast(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _counts(example: Example) -> Sums:

@@ -143,6 +143,8 @@ class _Worker:
         self.captioner = captioner.to(self.device)
         self.model = ray.train.torch.prepare_model(self.captioner, move_to_device=self.device)
         self.average = loop.averaged(self.captioner, train.ema_decay)
+        if train.compile and self.device.type == "cuda":
+            self.captioner.decoder.compile_training()
         self.optimizer = torch.optim.AdamW(
             self.captioner.parameter_groups(
                 train.learning_rate, train.encoder_learning_rate, train.weight_decay

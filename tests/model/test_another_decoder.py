@@ -60,7 +60,9 @@ class MeanRegionDecoder(Decoder):
         logits = self.output(out).view(*tokens.shape, -1)
         return StepOutput(logits, state, attention / attention.shape[-1])
 
-    def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+    def forward(
+        self, regions: Tensor, tokens: Tensor, num_words: int | None = None
+    ) -> DecoderOutput:
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
         (hidden,) = self.initial_state(self.prepare(regions), tokens.shape[1])
         words = self.embedding(tokens[..., :-1]).flatten(0, 1)

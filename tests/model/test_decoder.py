@@ -349,7 +349,9 @@ def test_another_decoder_takes_a_class_and_a_line(monkeypatch: pytest.MonkeyPatc
                 self.logits.expand(*tokens.shape, -1), state, attention
             )
 
-        def forward(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+        def forward(
+            self, regions: Tensor, tokens: Tensor, num_words: int | None = None
+        ) -> DecoderOutput:
             mask = tokens[..., 1:] != decoder_module.PAD
             attention = torch.full((*mask.shape, N), 1 / N)
             return DecoderOutput(self.logits.expand(int(mask.sum()), -1), attention, mask)

@@ -1,0 +1,151 @@
+"""Functions whose kernels a GPU is given all at once: CUDA graphs, forward and backward.
+
+A recurrence is hundreds of small kernels, each of which a GPU runs faster than Python names the
+next. Captured once, they are launched as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+WARM_UPS = 3
+"""Runs before a capture, in which kernels are compiled and libraries set up."""
+
+
+GRAPHED_STEPS = 4
+"""Recurrences are captured for multiples of so many steps, as each number needs a graph."""
+
+
+class Graphed:
+    """A function of tensors that is captured once for each form of them, and then replayed.
+
+    It must do the same for tensors of the same shapes, without a look at their values. All captures
+    share their memory, so a backward pass must come before the next forward pass; else it raises
+    RuntimeError.
+    """
+
+    def __init__(self, function: Function, weights: Sequence[Tensor]) -> None:
+        """function: of tensors, to a tuple of tensors. weights: what else it reads and gradients go
+        to; they must stay where they are in memory, as a module's parameters do."""
+        self._function, self._weights = function, tuple(weights)
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._pool = _Pool()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function's outputs; what they hold is valid until the next call."""
+        wants = torch.is_grad_enabled()
+        weights = tuple(w for w in self._weights if wants and w.requires_grad)
+        form = (
+            tuple((x.shape, x.dtype, wants and x.requires_grad) for x in inputs),
+            len(weights),
+            torch.is_autocast_enabled("cuda"),
+        )
+        if form not in self._captured:
+            self._captured[form] = _Captured(self._function, inputs, weights, self._pool)
+        outputs: tuple[Tensor, ...] = _Replay.apply(self._captured[form], *inputs, *weights)
+        return outputs
+
+
+class _Pool:
+    """The memory that captures share, and how often it was written anew."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.turn = 0
+
+
+class _Captured:
+    """A function's kernels for inputs of one form, and where these read and write."""
+
+    def __init__(
+        self, function: Function, inputs: Sequence[Tensor], weights: Sequence[Tensor], pool: _Pool
+    ) -> None:
+        wants = torch.is_grad_enabled()
+        self.pool = pool
+        self.inputs = [x.detach().clone().requires_grad_(wants and x.requires_grad) for x in inputs]
+        leaves = [x for x in (*self.inputs, *weights) if x.requires_grad] if wants else []
+
+        # casts of weights that autocast kept from before would not follow the weights
+        uncached = torch.autocast(
+            "cuda",
+            dtype=torch.get_autocast_dtype("cuda"),
+            enabled=torch.is_autocast_enabled("cuda"),
+            cache_enabled=False,
+        )
+
+        def run() -> None:
+            with uncached:
+                outputs = function(*self.inputs)
+            if leaves:
+                _gradients(outputs, leaves, [torch.zeros_like(output) for output in outputs])
+
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        # other threads go on pinning memory for the next batches meanwhile
+        settings = {"stream": stream, "capture_error_mode": "thread_local"}
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=pool.handle, **settings), uncached:  # type: ignore[arg-type]
+            self.outputs = function(*self.inputs)
+        pool.handle = pool.handle or self.forward.pool()
+        self.arriving = [torch.zeros_like(output) for output in self.outputs] if leaves else []
+        leaving: tuple[Tensor | None, ...] = ()
+        if leaves:
+            with torch.cuda.graph(self.backward, pool=pool.handle, **settings):  # type: ignore[arg-type]
+                leaving = _gradients(self.outputs, leaves, self.arriving)
+        self.outputs = tuple(output.detach() for output in self.outputs)  # lets go of the tape
+        found = iter(leaving)
+        self.leaving = [
+            next(found) if wants and x.requires_grad else None for x in (*self.inputs, *weights)
+        ]
+
+
+def _gradients(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], arriving: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    pairs = [(o, a) for o, a in zip(outputs, arriving, strict=True) if o.requires_grad]
+    return torch.autograd.grad(
+        [o for o, _ in pairs], leaves, [a for _, a in pairs], allow_unused=True
+    )
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, captured: _Captured, *tensors: Tensor) -> tuple[Tensor, ...]:
+        for static, given in zip(captured.inputs, tensors, strict=False):
+            static.copy_(given)
+        captured.forward.replay()
+        captured.pool.turn += 1
+        ctx.captured, ctx.turn = captured, captured.pool.turn
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in captured.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        captured: _Captured = ctx.captured
+        if ctx.turn != captured.pool.turn:
+            raise RuntimeError(
+                "the backward pass of a graphed function came after its next forward pass, which "
+                "has overwritten what it needs: take them in turn"
+            )
+        for static, given in zip(captured.arriving, gradients, strict=True):
+            if given is None:
+                static.zero_()
+            else:
+                static.copy_(given)
+        captured.backward.replay()
+        # copies: optimizers and further backward passes keep what they get
+        found = [gradient for gradient in captured.leaving if gradient is not None]
+        copies = iter(torch._foreach_mul(found, 1.0) if found else ())
+        return None, *(None if one is None else next(copies) for one in captured.leaving)
