@@ -6,7 +6,7 @@ Shapes: B images, S height and width in pixels, K captions per image, L caption 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from caption_ray.model.decoder import (
     BoundStep,
     Decoder,
     DecoderOutput,
-    DecoderStep,
     State,
     StepFn,
     places_of,
@@ -95,19 +94,11 @@ class Captioner(nn.Module):
         mixed[..., 1:] = words.view_as(output.mask)
         return mixed
 
-    def begin(
-        self, images: Tensor, k: int, decoder_steps: Mapping[Decoder, DecoderStep]
-    ) -> tuple[StepFn, State]:
+    def begin(self, images: Tensor, k: int) -> tuple[StepFn, State]:
         """What a search starts from: the step function of images, as `encode` takes them, and the
-        state of K sequences of each before their first word. `decoder_steps`: as for
-        search.generate."""
+        state of K sequences of each before their first word."""
         memory = self.decoder.prepare(self.encode(images))
-        state = self.decoder.initial_state(memory, k)
-        if self.decoder in decoder_steps:
-            step = decoder_steps[self.decoder]
-            # not one that goes on with fewer images: compiled steps are for sizes they have seen
-            return lambda tokens, state: step(tokens, state, memory), state
-        return BoundStep(self.decoder.step, memory), state
+        return BoundStep(self.decoder.step, memory), self.decoder.initial_state(memory, k)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ M members.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -15,14 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from caption_ray.model.captioner import Captioner
-from caption_ray.model.decoder import (
-    Decoder,
-    DecoderStep,
-    State,
-    StepFn,
-    StepOutput,
-    narrowed_step,
-)
+from caption_ray.model.decoder import State, StepFn, StepOutput, narrowed_step
 
 
 class Ensemble(nn.Module):
@@ -41,11 +34,9 @@ class Ensemble(nn.Module):
         differ, where the first one does."""
         self.grids_agree = all(member.grid == self.grid for member in members)
 
-    def begin(
-        self, images: Tensor, k: int, decoder_steps: Mapping[Decoder, DecoderStep]
-    ) -> tuple[StepFn, State]:
+    def begin(self, images: Tensor, k: int) -> tuple[StepFn, State]:
         """As of a captioner; the state is the members' states, one behind the other."""
-        begun = [member.begin(images, k, decoder_steps) for member in self.members]  # type: ignore[operator]
+        begun = [member.begin(images, k) for member in self.members]  # type: ignore[operator]
         step = _JointStep(
             [step for step, _ in begun], [len(state) for _, state in begun], self.grids_agree
         )

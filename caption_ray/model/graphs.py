@@ -6,7 +6,8 @@ next. Captured once, they are launched as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,11 +54,27 @@ class Graphed:
         return outputs
 
 
+@contextmanager
+def capture(
+    graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
+) -> Generator[None, None, None]:
+    """Capture what is done within, with memory of `pool`; other threads go on working meanwhile.
+
+    As torch.cuda.graph, without its collection of garbage, which takes longer than the capture.
+    """
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
+
+
 class _Pool:
     """The memory that captures share, and how often it was written anew."""
 
     def __init__(self) -> None:
-        self.handle: Any = None
+        self.handle = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self.turn = 0
 
 
@@ -92,17 +109,15 @@ class _Captured:
             for _ in range(WARM_UPS):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
-        # other threads go on pinning memory for the next batches meanwhile
-        settings = {"stream": stream, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool.handle, **settings), uncached:  # type: ignore[arg-type]
+        with capture(self.forward, pool.handle, stream), uncached:
             self.outputs = function(*self.inputs)
-        pool.handle = pool.handle or self.forward.pool()
         self.arriving = [torch.zeros_like(output) for output in self.outputs] if leaves else []
         leaving: tuple[Tensor | None, ...] = ()
         if leaves:
-            with torch.cuda.graph(self.backward, pool=pool.handle, **settings):  # type: ignore[arg-type]
+            with capture(self.backward, pool.handle, stream):
                 leaving = _gradients(self.outputs, leaves, self.arriving)
+        torch.cuda.current_stream().wait_stream(stream)
         self.outputs = tuple(output.detach() for output in self.outputs)  # lets go of the tape
         found = iter(leaving)
         self.leaving = [

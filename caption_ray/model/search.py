@@ -10,24 +10,16 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from caption_ray.config import SMALLEST, SearchConfig
 from caption_ray.model.captioner import Captioner
-from caption_ray.model.decoder import (
-    END,
-    PAD,
-    START,
-    Decoder,
-    DecoderStep,
-    State,
-    StepFn,
-    narrowed_step,
-)
+from caption_ray.model.decoder import END, PAD, START, State, StepFn, narrowed_step
 from caption_ray.model.ensemble import Ensemble
 
 WORTH_NARROWING = 0.75
@@ -72,48 +64,10 @@ def beam_search(
 
     Raises ValueError unless 1 <= num_return <= K.
     """
-    batch, beams = state[0].shape[:2]
-    if not 1 <= num_return <= beams:
-        raise ValueError(
-            f"--search.beam-size is {beams}: it finds 1 to {beams} captions per image, and "
-            f"{num_return} were asked for"
-        )
-    device = state[0].device
-    left = torch.arange(batch, device=device)  # images that are still searched, (b,)
-    image = left.unsqueeze(1)  # (B, 1)
-    said = torch.full((batch, beams, 1), START, device=device)  # (B, K, T), START included
-    # Log-probabilities of the beams, -inf for none: they all start alike, so the first will do.
-    live = torch.full((batch, beams), -torch.inf, device=device)
-    live[:, 0] = 0.0
-    best = torch.full((batch, num_return), -torch.inf, device=device)  # scores of ended captions
-    trace: list[_Step] = []
-
-    for length in range(1, max_length + 1):
-        logits, state, attention = step(said[left, :, -1], state)
-        logits, total = _sayable(logits)
-        allowed = _allowed(logits, said[left], min_length, no_repeat_ngram_size)
-        log_probs, parent, tokens = _best_continuations(live[left], allowed, total)
-        state = tuple(tensor[image[: len(left)], parent] for tensor in state)
-        if len(left) < batch:
-            log_probs = _placed(log_probs, left, batch, -torch.inf)
-            parent, tokens = _placed(parent, left, batch, 0), _placed(tokens, left, batch, PAD)
-            attention = _placed(attention, left, batch, 0)
-        said = torch.cat([said[image, parent], tokens.unsqueeze(-1)], dim=-1)
-
-        ended = tokens == END if length < max_length else torch.ones_like(tokens, dtype=torch.bool)
-        scores = (log_probs / length**length_penalty).masked_fill(~ended, -torch.inf)
-        best = torch.cat([best, scores], dim=1).topk(num_return).values
-        live = log_probs.masked_fill(ended, -torch.inf)
-        trace.append(_Step(tokens, parent, attention, log_probs, scores))
-        # Log-probabilities only fall, and the last length divides them by most.
-        bound = live / max_length**length_penalty  # (B, K)
-        if on_step is not None:
-            on_step(*_decided(trace, can_win=bound > best[:, :1]))
-        over = best[:, -1] >= bound.amax(dim=1)  # (B,)
-        step, state, left = _without(over[left], step, state, left)
-        if not len(left):
-            break
-    return _backtrack(trace, num_return)
+    beams = _Beams(
+        step, state, max_length, length_penalty, num_return, min_length, no_repeat_ngram_size
+    )
+    return _run(beams, max_length, on_step)
 
 
 def greedy(
@@ -127,10 +81,15 @@ def greedy(
 ) -> Hypotheses:
     """The likeliest word at each step; `state` is the initial state of one sequence per image."""
 
+    search = _Following(step, state, _likeliest(min_length, no_repeat_ngram_size))
+    return _run(search, max_length, on_step)
+
+
+def _likeliest(min_length: int, no_repeat_ngram_size: int) -> Choose:
     def choose(logits: Tensor, said: Tensor, _: Tensor) -> Tensor:
         return _allowed(logits, said, min_length, no_repeat_ngram_size).argmax(dim=-1)
 
-    return _follow(step, state, choose, max_length, on_step)
+    return choose
 
 
 def sample(
@@ -184,7 +143,7 @@ def sample(
         uniform = _uniform(logits.shape[:2], own, logits.device)  # (B, K)
         return torch.searchsorted(cumulative, uniform.unsqueeze(-1), right=True).squeeze(-1)
 
-    return _follow(step, state, draw, max_length, on_step)
+    return _run(_Following(step, state, draw), max_length, on_step)
 
 
 def _uniform(
@@ -207,84 +166,210 @@ def generate(
     num_return: int,
     seeds: Sequence[int] | None = None,
     on_step: OnStep | None = None,
-    decoder_steps: Mapping[Decoder, DecoderStep] | None = None,
 ) -> Hypotheses:
     """The `num_return` best captions that `search` finds for images, uint8 (B, 3, S, S).
 
     With a temperature, that many captions are drawn; an image's depend on its seed (default 0) and
-    on nothing else in the batch. `decoder_steps` has decoders' `step` in another form, compiled for
-    example.
+    on nothing else in the batch.
 
     Raises ValueError if more captions are asked for than there are beams, and for a captioner in
     training mode, whose dropout would spoil them.
     """
     if captioner.training:
         raise ValueError("call captioner.eval() before generating captions")
-    is_drawn = search.temperature > 0
-    step, state = captioner.begin(
-        images, num_return if is_drawn else search.beam_size, decoder_steps or {}
+    if search.temperature == 0:
+        return _run(begin(captioner, images, search, num_return), search.max_length, on_step)
+    step, state = captioner.begin(images, num_return)
+    return sample(
+        step,
+        state,
+        max_length=search.max_length,
+        temperature=search.temperature,
+        top_k=search.top_k,
+        top_p=search.top_p,
+        min_length=search.min_length,
+        no_repeat_ngram_size=search.no_repeat_ngram_size,
+        generator=[torch.Generator().manual_seed(s) for s in seeds or [0] * len(images)],
+        on_step=on_step,
     )
-    limits: dict[str, Any] = {
-        "max_length": search.max_length,
-        "min_length": search.min_length,
-        "no_repeat_ngram_size": search.no_repeat_ngram_size,
-        "on_step": on_step,
-    }
-    if is_drawn:
-        return sample(
-            step,
-            state,
-            temperature=search.temperature,
-            top_k=search.top_k,
-            top_p=search.top_p,
-            generator=[torch.Generator().manual_seed(s) for s in seeds or [0] * len(images)],
-            **limits,
-        )
+
+
+def begin(
+    captioner: Captioner | Ensemble, images: Tensor, search: SearchConfig, num_return: int
+) -> Progress:
+    """The search that `generate` runs without a temperature, before its first step."""
+    step, state = captioner.begin(images, search.beam_size)
+    limits = search.min_length, search.no_repeat_ngram_size
     if search.beam_size == 1 and num_return == 1:
-        return greedy(step, state, **limits)
-    return beam_search(
-        step, state, length_penalty=search.length_penalty, num_return=num_return, **limits
-    )
+        return _Following(step, state, _likeliest(*limits))
+    return _Beams(step, state, search.max_length, search.length_penalty, num_return, *limits)
 
 
-def _follow(
-    step: StepFn,
-    state: State,
-    choose: Callable[[Tensor, Tensor, Tensor], Tensor],
-    max_length: int,
-    on_step: OnStep | None,
-) -> Hypotheses:
-    """Extend K sequences, each on its own, by the words that `choose` takes of logits (b, K, V),
-    what was said, (b, K, T), and which images these are, (b,)."""
-    batch, k = state[0].shape[:2]
-    left = torch.arange(batch, device=state[0].device)  # images that are still extended, (b,)
-    said = torch.full((batch, k, 1), START, device=left.device)
-    ended = torch.zeros_like(said[..., 0], dtype=torch.bool)  # (B, K)
-    total = torch.zeros(ended.shape, device=ended.device)
-    attentions = []
+class Progress(ABC):
+    """A search on its way: all its images, and all of their sequences, advance together."""
+
+    def __init__(self, step: StepFn, state: State) -> None:
+        self._step, self._state = step, state
+        self._batch, k = state[0].shape[:2]
+        device = state[0].device
+        self.left = torch.arange(self._batch, device=device)
+        """Images that are still searched, int64 (b,)."""
+        self.said = torch.full((self._batch, k, 1), START, device=device)
+        """int64 (B, K, T), START included."""
+        self.over = torch.zeros(self._batch, dtype=torch.bool, device=device)
+        """Images of which no further step changes what is found, bool (B,)."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """One step. It looks at no value, and so can be captured as a CUDA graph."""
+
+    @abstractmethod
+    def decided(self) -> tuple[Tensor, Tensor]:
+        """As for OnStep."""
+
+    @abstractmethod
+    def found(self) -> Hypotheses:
+        """The best captions so far, which are the best of all where `over`."""
+
+    def leave_out(self) -> None:
+        """Go on without the images that are `over`: once these are some, as the others' memory is
+        copied, or where all are."""
+        over = self.over[self.left]
+        going = len(over) - int(over.sum())
+        if going == 0:
+            self.left = self.left[:0]
+        elif going <= WORTH_NARROWING * len(over):
+            kept = (~over).nonzero().squeeze(1)
+            narrowed = narrowed_step(self._step, kept)
+            if narrowed is not None:
+                self._step, self.left = narrowed, self.left[kept]
+                self._state = tuple(part[kept] for part in self._state)
+
+    def _of_left(self, values: Tensor) -> Tensor:
+        """Of values (B, ...), those of the images `left`."""
+        return values if len(self.left) == self._batch else values[self.left]
+
+    def _placed(self, values: Tensor, rest: float) -> Tensor:
+        """Values (b, ...) of the images `left` at their places among all, `rest` elsewhere."""
+        if len(self.left) == self._batch:
+            return values
+        whole = values.new_full((self._batch, *values.shape[1:]), rest)
+        whole[self.left] = values
+        return whole
+
+
+def _run(search: Progress, max_length: int, on_step: OnStep | None) -> Hypotheses:
     for _ in range(max_length):
-        logits, state, attention = step(said[left, :, -1], state)
-        logits, normalizer = _sayable(logits)
-        tokens = choose(logits, said[left], left)
-        gained = (logits.gather(-1, tokens.unsqueeze(-1)) - normalizer).squeeze(-1)
-        if len(left) < batch:
-            tokens, gained = _placed(tokens, left, batch, PAD), _placed(gained, left, batch, 0)
-            attention = _placed(attention, left, batch, 0)
-        tokens = tokens.masked_fill(ended, PAD)
-        total = total + gained.masked_fill(ended, 0.0)
-        said = torch.cat([said, tokens.unsqueeze(-1)], dim=-1)
-        attentions.append(attention.masked_fill(ended.unsqueeze(-1), 0.0))
-        ended = ended | (tokens == END)
+        search.advance()
         if on_step is not None:
-            on_step(*_common_beginning(said[..., 1:]))
-        step, state, left = _without(ended[left].all(dim=1), step, state, left)
-        if not len(left):
+            on_step(*search.decided())
+        search.leave_out()
+        if not len(search.left):
             break
-    total, order = total.sort(dim=1, descending=True)
-    image = torch.arange(len(order), device=order.device).unsqueeze(1)
-    found = said[..., 1:][image, order]  # (B, K, T)
-    attention = torch.stack(attentions, dim=2)[image, order]  # (B, K, T, N)
-    return Hypotheses(found, total, (found != PAD).sum(dim=-1), attention)
+    return search.found()
+
+
+class _Beams(Progress):
+    """See `beam_search`."""
+
+    def __init__(
+        self,
+        step: StepFn,
+        state: State,
+        max_length: int,
+        length_penalty: float,
+        num_return: int,
+        min_length: int,
+        no_repeat_ngram_size: int,
+    ) -> None:
+        batch, beams = state[0].shape[:2]
+        if not 1 <= num_return <= beams:
+            raise ValueError(
+                f"--search.beam-size is {beams}: it finds 1 to {beams} captions per image, and "
+                f"{num_return} were asked for"
+            )
+        super().__init__(step, state)
+        self._max_length, self._length_penalty = max_length, length_penalty
+        self._num_return = num_return
+        self._limits = min_length, no_repeat_ngram_size
+        self._image = self.left.unsqueeze(1)  # (B, 1)
+        # Log-probabilities of the beams, -inf for none: they all start alike, so the first will do.
+        self._live = torch.full((batch, beams), -torch.inf, device=self.left.device)
+        self._live[:, 0] = 0.0
+        # scores of ended captions
+        self._best = torch.full((batch, num_return), -torch.inf, device=self.left.device)
+        self._can_win = torch.ones_like(self._live, dtype=torch.bool)  # (B, K)
+        self._trace: list[_Step] = []
+
+    def advance(self) -> None:
+        said = self._of_left(self.said)
+        logits, state, attention = self._step(said[..., -1], self._state)
+        logits, total = _sayable(logits)
+        allowed = _allowed(logits, said, *self._limits)
+        log_probs, parent, tokens = _best_continuations(self._of_left(self._live), allowed, total)
+        self._state = tuple(tensor[self._image[: len(self.left)], parent] for tensor in state)
+        log_probs = self._placed(log_probs, -torch.inf)
+        parent, tokens = self._placed(parent, 0), self._placed(tokens, PAD)
+        attention = self._placed(attention, 0)
+        self.said = torch.cat([self.said[self._image, parent], tokens.unsqueeze(-1)], dim=-1)
+
+        length, last = len(self._trace) + 1, self._max_length
+        ended = tokens == END if length < last else torch.ones_like(tokens, dtype=torch.bool)
+        scores = (log_probs / length**self._length_penalty).masked_fill(~ended, -torch.inf)
+        self._best = torch.cat([self._best, scores], dim=1).topk(self._num_return).values
+        self._live = log_probs.masked_fill(ended, -torch.inf)
+        self._trace.append(_Step(tokens, parent, attention, log_probs, scores))
+        # Log-probabilities only fall, and the last length divides them by most.
+        bound = self._live / last**self._length_penalty  # (B, K)
+        self._can_win = bound > self._best[:, :1]
+        self.over = self._best[:, -1] >= bound.amax(dim=1)
+
+    def decided(self) -> tuple[Tensor, Tensor]:
+        return _decided(self._trace, self._can_win)
+
+    def found(self) -> Hypotheses:
+        return _backtrack(self._trace, self._num_return)
+
+
+Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The next words (b, K) from logits (b, K, V), what was said, (b, K, T), and which images these
+are, (b,)."""
+
+
+class _Following(Progress):
+    """K sequences of each image, each on its own."""
+
+    def __init__(self, step: StepFn, state: State, choose: Choose) -> None:
+        super().__init__(step, state)
+        self._choose = choose
+        self._ended = torch.zeros_like(self.said[..., 0], dtype=torch.bool)  # (B, K)
+        self._total = torch.zeros(self._ended.shape, device=self.left.device)
+        self._attentions: list[Tensor] = []
+
+    def advance(self) -> None:
+        said = self._of_left(self.said)
+        logits, self._state, attention = self._step(said[..., -1], self._state)
+        logits, normalizer = _sayable(logits)
+        tokens = self._choose(logits, said, self.left)
+        gained = (logits.gather(-1, tokens.unsqueeze(-1)) - normalizer).squeeze(-1)
+        tokens, gained = self._placed(tokens, PAD), self._placed(gained, 0)
+        tokens = tokens.masked_fill(self._ended, PAD)
+        self._total = self._total + gained.masked_fill(self._ended, 0.0)
+        self.said = torch.cat([self.said, tokens.unsqueeze(-1)], dim=-1)
+        attention = self._placed(attention, 0)
+        self._attentions.append(attention.masked_fill(self._ended.unsqueeze(-1), 0.0))
+        self._ended = self._ended | (tokens == END)
+        self.over = self._ended.all(dim=1)
+
+    def decided(self) -> tuple[Tensor, Tensor]:
+        return _common_beginning(self.said[..., 1:])
+
+    def found(self) -> Hypotheses:
+        total, order = self._total.sort(dim=1, descending=True)
+        image = torch.arange(len(order), device=order.device).unsqueeze(1)
+        found = self.said[..., 1:][image, order]  # (B, K, T)
+        attention = torch.stack(self._attentions, dim=2)[image, order]  # (B, K, T, N)
+        return Hypotheses(found, total, (found != PAD).sum(dim=-1), attention)
 
 
 def _sayable(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,7 +380,7 @@ def _sayable(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     logits = logits.float()
     total = logits.logsumexp(dim=-1, keepdim=True)
-    logits[..., [PAD, START]] = -torch.inf
+    logits[..., PAD] = logits[..., START] = -torch.inf
     return logits, total
 
 
@@ -309,30 +394,6 @@ def _best_continuations(
     values, tokens = logits.topk(min(beams, words), dim=-1)  # (b, K, K)
     log_probs, index = (live.unsqueeze(-1) + (values - total)).flatten(1).topk(beams)
     return log_probs, index // tokens.shape[-1], tokens.flatten(1).gather(1, index)
-
-
-def _without(
-    over: Tensor, step: StepFn, state: State, left: Tensor
-) -> tuple[StepFn, State, Tensor]:
-    """Step function, state and images `left` without those whose search is `over`, bool (b,): once
-    these are some, as the others' memory is copied, or where all are."""
-    going = len(over) - int(over.sum())
-    if going == 0:
-        return step, state, left[:0]
-    if going > WORTH_NARROWING * len(over):
-        return step, state, left
-    kept = (~over).nonzero().squeeze(1)
-    narrowed = narrowed_step(step, kept)
-    if narrowed is None:
-        return step, state, left
-    return narrowed, tuple(part[kept] for part in state), left[kept]
-
-
-def _placed(values: Tensor, left: Tensor, batch: int, rest: float) -> Tensor:
-    """Values (b, ...) of the images `left` at their places among all, `rest` elsewhere."""
-    whole = values.new_full((batch, *values.shape[1:]), rest)
-    whole[left] = values
-    return whole
 
 
 def _allowed(logits: Tensor, said: Tensor, min_length: int, no_repeat_ngram_size: int) -> Tensor:

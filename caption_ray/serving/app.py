@@ -71,8 +71,9 @@ class Arguments(Strict):
     cpu_threads: int | None = Field(default=None, ge=1)
     """Threads of a captioner without GPU; null: as many as its node has cores."""
 
-    compile_decoder: bool = False
-    """Compile the decoder's step, on GPUs to CUDA graphs: starts take minutes longer."""
+    cuda_graphs: bool = True
+    """On GPUs, run the checkpoint's search as CUDA graphs: a batch takes a fraction of the time, a
+    start some seconds more."""
 
     max_batch_size: int = Field(default=16, ge=1)
     """Most pictures that are captioned at once."""
@@ -181,7 +182,7 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
         captioner.bind(
             predictor.uri,
             cpu_threads=args.cpu_threads,
-            compile_decoder=args.compile_decoder,
+            cuda_graphs=args.cuda_graphs,
             max_batch_size=args.max_batch_size,
             batch_wait_timeout_s=args.batch_wait_timeout_s,
             max_queue_s=args.max_queue_s,

@@ -112,7 +112,7 @@ class Captioner:
         self,
         fallback: str,
         cpu_threads: int | None,
-        compile_decoder: bool,
+        cuda_graphs: bool,
         max_batch_size: int,
         batch_wait_timeout_s: float,
         max_queue_s: float,
@@ -125,7 +125,7 @@ class Captioner:
         has_gpu = bool(ray.get_runtime_context().get_accelerator_ids()["GPU"])
         self.device = torch.device("cuda" if has_gpu else "cpu")
         self.cpu_threads = cpu_threads or os.cpu_count() or 1
-        self.compile_decoder = compile_decoder
+        self.cuda_graphs = cuda_graphs
         self.max_batch_size = max_batch_size
         self.batcher: Batcher[_Key, _Item, Answer | Outdated] = Batcher(
             self._run,
@@ -288,7 +288,7 @@ class Captioner:
 
     async def _load(self, uri: str) -> None:
         def load() -> Predictor:
-            predictor = Predictor.from_uri(uri, self.device, compile_decoder=self.compile_decoder)
+            predictor = Predictor.from_uri(uri, self.device, cuda_graphs=self.cuda_graphs)
             predictor.warm_up(self.max_batch_size)
             return predictor
 

@@ -6,9 +6,9 @@ Shapes: B images, S their height and width in pixels, T words, N regions in rows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from torch import Tensor
 from caption_ray.config import EncoderConfig, SearchConfig
 from caption_ray.data import transforms
 from caption_ray.data.vocabulary import END, PAD
-from caption_ray.model.decoder import Decoder, DecoderStep, Memory, State, StepOutput
-from caption_ray.model.search import OnStep, generate
+from caption_ray.model.graphed_search import GraphedSearch
+from caption_ray.model.search import Hypotheses, OnStep, generate
 from caption_ray.training import checkpoint
 from caption_ray.training.checkpoint import CheckpointError, Loaded
 
@@ -51,7 +51,7 @@ class Predictor:
         loaded: Loaded,
         device: torch.device,
         search: SearchConfig | None = None,
-        compile_decoder: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self.uri = loaded.uri
         self.device = device
@@ -63,18 +63,14 @@ class Predictor:
         """How pictures are prepared."""
         self.vocabulary = loaded.vocabulary
         self.captioner = loaded.captioner.to(device).eval()
-        decoders = [part for part in self.captioner.modules() if isinstance(part, Decoder)]
-        self._compiled_steps: Mapping[Decoder, DecoderStep] = {
-            decoder: partial(
-                _call_compiled, torch.compile(decoder.step, mode="reduce-overhead", dynamic=False)
-            )
-            for decoder in decoders
-            if compile_decoder
-        }
         # T4s and older GPUs only emulate bfloat16, which is slower than float32.
         self._bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
             including_emulation=False
         )
+        self._cuda_graphs = cuda_graphs and device.type == "cuda" and self.search.temperature == 0
+        self._pool = torch.cuda.graph_pool_handle() if self._cuda_graphs else None
+        self._graphed: dict[int, GraphedSearch] = {}
+        self._turn = threading.Lock()  # graphs share their memory
 
     @classmethod
     def from_uri(
@@ -82,17 +78,17 @@ class Predictor:
         uri: str,
         device: torch.device,
         search: SearchConfig | None = None,
-        compile_decoder: bool = False,
+        cuda_graphs: bool = False,
     ) -> Predictor:
         """The predictor of the checkpoint or ensemble that `uri` means (see `checkpoint.find`).
 
-        `compile_decoder` makes CUDA graphs of the decoder's step where there is a GPU, for batches
-        of 1, 2, 4, ... pictures, to which others are padded, and for the search above; other
-        searches run as they are. The first batch of each size takes long: see `warm_up`.
+        `cuda_graphs`: on a GPU, run the search above as CUDA graphs, for batches of 1, 2, 4, ...
+        pictures, to which others are padded; other searches, and those that draw words, run as they
+        are. The first batch of each size takes longer: see `warm_up`.
 
         Raises CheckpointError if there is none or it cannot be loaded.
         """
-        return cls(checkpoint.load(checkpoint.find(uri)), device, search, compile_decoder)
+        return cls(checkpoint.load(checkpoint.find(uri)), device, search, cuda_graphs)
 
     def prepare(self, data: bytes) -> Images:
         """uint8 (3, S, S) as the captioner wants it, from an encoded picture.
@@ -129,28 +125,12 @@ class Predictor:
         if len(images) == 0:
             return []
         search = search or self.search
-        is_compiled = bool(self._compiled_steps) and (search, num_return) == (self.search, 1)
         count = len(images)
-        if is_compiled:
-            padding = np.zeros((_padded(count) - count, *images.shape[1:]), np.uint8)
-            images = np.concatenate([images, padding])
-            seeds = None if seeds is None else [*seeds, *[0] * len(padding)]
-        pixels = torch.tensor(images)
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16),
-        ):
-            found = generate(
-                self.captioner,
-                pixels.to(self.device, non_blocking=True),
-                search,
-                num_return,
-                seeds,
-                None if on_words is None else self._tell(count, on_words),
-                self._compiled_steps if is_compiled else None,
-            )
+        on_step = None if on_words is None else self._tell(count, on_words)
+        if self._cuda_graphs and (search, num_return) == (self.search, 1):
+            found = self._find_graphed(images, on_step)
+        else:
+            found = self._find(images, search, num_return, seeds, on_step)
         tokens = found.tokens.tolist()  # (B, R, T)
         log_probs = found.log_probs.tolist()  # (B, R)
         attention = found.attention.float().cpu().numpy()  # (B, R, T, N)
@@ -162,6 +142,39 @@ class Predictor:
             ]
             for image in range(count)
         ]
+
+    def _find(
+        self,
+        images: Images,
+        search: SearchConfig,
+        num_return: int,
+        seeds: Sequence[int] | None,
+        on_step: OnStep | None,
+    ) -> Hypotheses:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            return generate(
+                self.captioner, self._on_device(images), search, num_return, seeds, on_step
+            )
+
+    def _find_graphed(self, images: Images, on_step: OnStep | None) -> Hypotheses:
+        padding = np.zeros((_padded(len(images)) - len(images), *images.shape[1:]), np.uint8)
+        pixels = self._on_device(np.concatenate([images, padding]))
+        with self._turn:
+            if len(pixels) not in self._graphed:
+                self._graphed[len(pixels)] = GraphedSearch(
+                    self.captioner,
+                    pixels,
+                    self.search,
+                    torch.bfloat16 if self._bfloat16 else None,
+                    self._pool,
+                )
+            return self._graphed[len(pixels)](pixels, on_step)
+
+    def _on_device(self, images: Images) -> Tensor:
+        pixels = torch.tensor(images)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return pixels.to(self.device, non_blocking=True)
 
     def _tell(self, images: int, on_words: Callable[[int, list[str]], None]) -> OnStep:
         """What turns the search's tokens into words that were not told before."""
@@ -186,7 +199,7 @@ class Predictor:
         size = self.encoder_config.image_size
         try:
             sizes = {1, max_batch_size}
-            if self._compiled_steps:
+            if self._cuda_graphs:
                 sizes |= {_padded(size) for size in range(1, max_batch_size)}
             for batch_size in sorted(sizes):
                 blank = np.full((batch_size, 3, size, size), 128, np.uint8)
@@ -210,14 +223,6 @@ class Predictor:
 
     def _words(self, tokens: list[int]) -> list[str]:
         return [self.vocabulary.words[token] for token in tokens if token not in (PAD, END)]
-
-
-def _call_compiled(step: DecoderStep, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
-    """A decoder's step as compiled. A CUDA graph writes its results where the last ones were, so
-    what the search keeps must be copied out."""
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-    logits, state, attention = step(tokens, state, memory)
-    return StepOutput(logits.clone(), tuple(part.clone() for part in state), attention.clone())
 
 
 def _padded(count: int) -> int:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from caption_ray.config import ModelConfig, SearchConfig, shapes
+from caption_ray.config import DecoderConfig, ModelConfig, SearchConfig, shapes
 from caption_ray.model.captioner import build_captioner
 from caption_ray.model.decoder import END, PAD, START, State, StepFn, StepOutput
-from caption_ray.model.search import Hypotheses, beam_search, generate, greedy, sample
+from caption_ray.model.search import Hypotheses, beam_search, begin, generate, greedy, sample
 
 V = 6  # PAD, START, END and three words
 WORDS = (3, 4, 5)
@@ -624,3 +625,29 @@ def test_an_images_samples_do_not_depend_on_the_batch() -> None:
     assert other.tokens.shape != together.tokens.shape or not torch.equal(
         other.tokens, together.tokens
     )
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+@pytest.mark.parametrize("decoder", ["soft", "adaptive", "transformer"])
+def test_steps_after_all_captions_are_over_change_nothing(beam_size: int, decoder: str) -> None:
+    torch.manual_seed(0)
+    model = dataclasses.replace(
+        shapes().model, decoder=DecoderConfig(name=decoder, hidden_dim=32, num_heads=2)
+    )
+    captioner = build_captioner(model, 12, None, pretrained=False).eval()
+    named = dict(captioner.decoder.named_parameters())
+    with torch.no_grad():
+        (named["output_bias"] if decoder == "soft" else named["output.bias"])[END] += 2.5
+    images = torch.randint(0, 256, (5, 3, 96, 96), dtype=torch.uint8)
+    settings = SearchConfig(beam_size=beam_size, max_length=16)
+    expected = generate(captioner, images, settings, 1)
+    with torch.inference_mode():
+        search = begin(captioner, images, settings, 1)
+        for _ in range(settings.max_length):
+            search.advance()
+        found = search.found()
+    rest = settings.max_length - expected.tokens.shape[-1]
+    assert rest > 0, "they all end before"
+    assert torch.equal(found.tokens, F.pad(expected.tokens, (0, rest)))
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
+    torch.testing.assert_close(found.attention, F.pad(expected.attention, (0, 0, 0, rest)))
