@@ -5,9 +5,6 @@ Shapes as in decoder.py, and T steps; G gates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,24 +13,23 @@ from caption_ray.config import DecoderConfig
 from caption_ray.model.attention import Attended, AttendedOnce, AttendedOverTime
 from caption_ray.model.decoder import (
     PAD,
-    Decoder,
     DecoderOutput,
     Memory,
     State,
     StepOutput,
-    places_of,
 )
 from caption_ray.model.fused import AttendedFused
-from caption_ray.model.graphs import GRAPHED_STEPS, Graphed
-from caption_ray.model.recurrence import Packing, placed
+from caption_ray.model.recurrence import Packing, RecurrentDecoder, placed
 
 
-class AdaptiveAttentionDecoder(Decoder):
+class AdaptiveAttentionDecoder(RecurrentDecoder):
     """Spatial attention with a visual sentinel (Lu et al., 1612.01887, sections 2.2 and 2.3).
 
     The LSTM reads words and the whole picture, and does not wait for what is attended to. So in
     training it runs over all steps in one call.
     """
+
+    OUTPUT = ("output.weight", "output.bias")
 
     def __init__(self, config: DecoderConfig, region_dim: int, vocab_size: int) -> None:
         super().__init__()
@@ -52,7 +48,6 @@ class AdaptiveAttentionDecoder(Decoder):
         self.score = nn.Linear(config.attention_dim, 1, bias=False)  # w_h
         self.output = nn.Linear(hidden, vocab_size)
         nn.init.normal_(self.embedding.weight, std=word_dim**-0.5)
-        self._graphed: Graphed | None = None
 
     def prepare(self, regions: Tensor) -> Memory:
         """Regions (B, N, H) with the whole picture's summary, (B, 1, D), kept beside the keys."""
@@ -65,7 +60,8 @@ class AdaptiveAttentionDecoder(Decoder):
         return start, start
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
-        entering = self._entering(tokens.unsqueeze(-1), memory)  # (B, K, 1, 2 D)
+        words = self.dropout(self.embedding(tokens.unsqueeze(-1)))
+        entering = self._entering(words, memory)  # (B, K, 1, 2 D)
         batch, k = tokens.shape
         hidden, cell = (part.reshape(1, batch * k, -1) for part in state)
         _, (new_hidden, new_cell) = self.lstm(entering.flatten(0, 1).float(), (hidden, cell))
@@ -74,18 +70,14 @@ class AdaptiveAttentionDecoder(Decoder):
         sentinel = gate * new[1].tanh()
         attended = AttendedOnce(memory, self.score.weight)
         mixed, attention = self._attend(new[0], sentinel, attended)
-        return StepOutput(self.output(self.dropout(mixed)), new, attention)
+        return StepOutput(self.logits(mixed), new, attention)
 
-    def forward(
-        self, regions: Tensor, tokens: Tensor, num_words: int | None = None
-    ) -> DecoderOutput:
-        if self._graphed is not None and regions.is_cuda:
-            return self._forward_graphed(regions, tokens, num_words)
+    def packed(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
         longest = max(1, int(mask.sum(dim=-1).max()))
         memory = self.prepare(regions)
-        batch, k = tokens.shape[:2]
-        hidden, sentinel = self._hidden(tokens[..., :longest], memory, _cells)
+        words = self.dropout(self.embedding(tokens[..., :longest]))
+        hidden, sentinel = self._hidden(words, memory)
 
         # Attention, too, could take all steps at once; a step at a time, what it writes down fits
         # the processor's cache.
@@ -96,47 +88,32 @@ class AdaptiveAttentionDecoder(Decoder):
         steps = (step.chunk(2, dim=-1) for step in packing.steps(packing.rows(both)))
         found = [self._attend(hidden, sentinel, attended) for hidden, sentinel in steps]
         mixed, attention = (packing.words(list(parts)) for parts in zip(*found, strict=True))
-        return DecoderOutput(self.output(self.dropout(mixed)), placed(attention, mask), mask)
+        return DecoderOutput(self.logits(mixed), placed(attention, mask), mask)
 
-    def compile_training(self) -> None:
-        self._graphed = Graphed(lambda keep, added: (_cells(keep, added),), ())
-
-    def _forward_graphed(
-        self, regions: Tensor, tokens: Tensor, num_words: int | None
-    ) -> DecoderOutput:
-        """`forward` with the attention of all steps at once, which is what a GPU can do."""
-        mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
-        steps = mask.shape[-1]
-        places = places_of(mask, num_words)  # (M,)
+    def all_steps(self, words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
         memory = self.prepare(regions)
-        rest = -steps % GRAPHED_STEPS
-        graphed = self._graphed
-        assert graphed is not None
-
-        def cells(keep: Tensor, added: Tensor) -> Tensor:
-            (found,) = graphed(*(F.pad(part, (0, 0, 0, rest)) for part in (keep, added)))
-            return found[:, :steps]
-
-        hidden, sentinel = self._hidden(tokens[..., :-1], memory, cells)
+        hidden, sentinel = self._hidden(words, memory)
         attended = AttendedFused(memory, self.score.weight)
         mixed, attention = self._attend(hidden.flatten(1, 2), sentinel.flatten(1, 2), attended)
-        logits = self.output(self.dropout(mixed.flatten(0, 1).index_select(0, places)))
-        attention = attention.view(*mask.shape, -1) * mask.unsqueeze(-1)
-        return DecoderOutput(logits, attention, mask, places)
+        shape = (*words.shape[:3], -1)
+        return mixed.view(shape), attention.view(shape)
 
-    def _hidden(self, tokens: Tensor, memory: Memory, cells: Cells) -> tuple[Tensor, Tensor]:
-        """The LSTM's hidden states and the sentinels, (B, K, T, H), of words (B, K, T)."""
-        rows = self._entering(tokens, memory).flatten(0, 1)  # (B K, T, 2 D)
+    def logits(self, mixed: Tensor) -> Tensor:
+        logits: Tensor = self.output(self.dropout(mixed))
+        return logits
+
+    def _hidden(self, words: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The LSTM's hidden states and the sentinels, (B, K, T, H), of words (B, K, T, D)."""
+        rows = self._entering(words, memory).flatten(0, 1)  # (B K, T, 2 D)
         hidden, _ = self.lstm(rows)  # (B K, T, H)
         before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
         gate = self.sentinel_gate(torch.cat([rows, before], dim=-1)).sigmoid()
-        sentinel = gate * cells(*self._kept_and_added(rows, before)).tanh()
-        shape = (*tokens.shape, -1)
+        sentinel = gate * _cells(*self._kept_and_added(rows, before)).tanh()
+        shape = (*words.shape[:3], -1)
         return hidden.view(shape), sentinel.view(shape)
 
-    def _entering(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """The LSTM's input (B, K, T, 2 D): words (B, K, T), and the whole picture with each."""
-        words = self.dropout(self.embedding(tokens))
+    def _entering(self, words: Tensor, memory: Memory) -> Tensor:
+        """The LSTM's input (B, K, T, 2 D): words (B, K, T, D), and the whole picture with each."""
         assert memory.summary is not None
         picture = memory.summary.to(words.dtype)[:, None, None].expand_as(words)
         return torch.cat([words, picture], dim=-1)
@@ -165,9 +142,6 @@ class AdaptiveAttentionDecoder(Decoder):
         trust = torch.cat([scores, rest], dim=-1).softmax(dim=-1)[..., -1:]  # beta, (B, Q, 1)
         context = attended.context(attention)
         return trust * sentinel + (1 - trust) * context + hidden, attention
-
-
-Cells: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def _cells(keep: Tensor, added: Tensor) -> Tensor:

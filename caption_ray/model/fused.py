@@ -16,10 +16,17 @@ from torch.autograd.function import once_differentiable
 
 from caption_ray.model.decoder import Memory
 
+FORMS = 64
+"""Most forms of a function, by shapes and circumstances; torch takes more for a mistake."""
+
 
 @cache
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled when it is first called; whatever cannot be is an error."""
+    from torch._dynamo import config  # takes a second, which most processes can spare
+
+    # each has a form for autocast or not, gradients or not, the first step or a later one, ...
+    config.recompile_limit = max(config.recompile_limit, FORMS)
     return torch.compile(function, fullgraph=True)
 
 

@@ -6,19 +6,18 @@ next. Captured once, they are launched as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 WARM_UPS = 3
 """Runs before a capture, in which kernels are compiled and libraries set up."""
-
 
 GRAPHED_STEPS = 4
 """Recurrences are captured for multiples of so many steps, as each number needs a graph."""
@@ -32,26 +31,52 @@ class Graphed:
     RuntimeError.
     """
 
-    def __init__(self, function: Function, weights: Sequence[Tensor]) -> None:
-        """function: of tensors, to a tuple of tensors. weights: what else it reads and gradients go
-        to; they must stay where they are in memory, as a module's parameters do."""
-        self._function, self._weights = function, tuple(weights)
+    def __init__(self, function: Function, module: nn.Module, without: Collection[str]) -> None:
+        """function: of tensors, to a tuple of tensors, with the parameters of `module` except those
+        named `without`. These must stay where they are in memory."""
+        self._function, self._module = function, module
+        self._names = [name for name, _ in module.named_parameters() if name not in without]
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._pool = _Pool()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function's outputs; what they hold is valid until the next call."""
         wants = torch.is_grad_enabled()
-        weights = tuple(w for w in self._weights if wants and w.requires_grad)
+        weights = [self._module.get_parameter(name) for name in self._names]
         form = (
             tuple((x.shape, x.dtype, wants and x.requires_grad) for x in inputs),
-            len(weights),
+            tuple(wants and weight.requires_grad for weight in weights),
             torch.is_autocast_enabled("cuda"),
         )
         if form not in self._captured:
-            self._captured[form] = _Captured(self._function, inputs, weights, self._pool)
+            with _others(self._module, self._names) as leaves:
+                self._captured[form] = _Captured(self._function, inputs, leaves, self._pool)
         outputs: tuple[Tensor, ...] = _Replay.apply(self._captured[form], *inputs, *weights)
         return outputs
+
+
+@contextmanager
+def _others(module: nn.Module, names: Sequence[str]) -> Generator[list[nn.Parameter], None, None]:
+    """Other parameters in the module, with the same memory.
+
+    Autograd, and DDP, remember of a parameter on which stream they last met it, and would have a
+    capture wait for that, which it cannot.
+    """
+    own = {name: module.get_parameter(name) for name in names}
+    others = {
+        name: nn.Parameter(weight.detach(), weight.requires_grad) for name, weight in own.items()
+    }
+
+    def place(weights: Mapping[str, nn.Parameter]) -> None:
+        for name, weight in weights.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, weight)  # recurrent modules note it
+
+    place(others)
+    try:
+        yield list(others.values())
+    finally:
+        place(own)
 
 
 @contextmanager

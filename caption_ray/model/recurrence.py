@@ -6,6 +6,7 @@ captions of all steps, those that are computed although they are over included.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from caption_ray.model.decoder import State
+from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, State, places_of
+from caption_ray.model.graphs import GRAPHED_STEPS, Graphed
 
 
 class Packing:
@@ -72,6 +74,58 @@ class Packing:
     def words(self, steps: list[Tensor]) -> Tensor:
         """What steps (b, k, ...) found for the real words, (M, ...)."""
         return torch.cat([step.flatten(0, 1) for step in steps])[self.real]
+
+
+class RecurrentDecoder(Decoder):
+    """A decoder whose training passes can be CUDA graphs: all but the embedding of words and the
+    logits, of which only those of real words are computed."""
+
+    embedding: nn.Embedding
+    dropout: nn.Dropout
+
+    OUTPUT: tuple[str, ...]
+    """Names of the parameters that logits are made with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._graphed: Graphed | None = None
+
+    @abstractmethod
+    def all_steps(self, words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """What logits are read from, (B, K, T, ...), and attention, (B, K, T, N), at all steps,
+        after words (B, K, T, D), as a GPU computes them best. It looks at no value."""
+
+    @abstractmethod
+    def logits(self, mixed: Tensor) -> Tensor:
+        """Logits (..., V) of what they are read from."""
+
+    def compile_training(self) -> None:
+        self._graphed = Graphed(self.all_steps, self, {"embedding.weight", *self.OUTPUT})
+
+    def forward(
+        self, regions: Tensor, tokens: Tensor, num_words: int | None = None
+    ) -> DecoderOutput:
+        if self._graphed is None or not regions.is_cuda:
+            return self.packed(regions, tokens)
+        return self.graphed(self._graphed, regions, tokens, num_words)
+
+    @abstractmethod
+    def packed(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
+        """`forward` step by step, each with the captions that are not over."""
+
+    def graphed(
+        self, graph: Graphed, regions: Tensor, tokens: Tensor, num_words: int | None
+    ) -> DecoderOutput:
+        """`forward` with every caption in every step."""
+        mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
+        steps = mask.shape[-1]
+        rest = -steps % GRAPHED_STEPS
+        places = places_of(mask, num_words)  # (M,)
+        words = self.dropout(self.embedding(F.pad(tokens[..., :-1], (0, rest), value=PAD)))
+        mixed, attention = graph(words, regions)
+        among_all = places + places // steps * rest
+        logits = self.logits(mixed.flatten(0, 2).index_select(0, among_all))
+        return DecoderOutput(logits, attention[:, :, :steps] * mask.unsqueeze(-1), mask, places)
 
 
 def narrowed(state: State, images: int, captions: int) -> State:

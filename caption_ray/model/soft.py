@@ -21,16 +21,13 @@ from caption_ray.model.attention import (
 )
 from caption_ray.model.decoder import (
     PAD,
-    Decoder,
     DecoderOutput,
     Memory,
     State,
     StepOutput,
-    places_of,
 )
 from caption_ray.model.fused import AttendedFused, fused
-from caption_ray.model.graphs import GRAPHED_STEPS, Graphed
-from caption_ray.model.recurrence import OverTime, Packing, narrowed, placed
+from caption_ray.model.recurrence import OverTime, Packing, RecurrentDecoder, narrowed, placed
 
 Map: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -45,12 +42,14 @@ class _Maps(NamedTuple):
     cell: Callable[..., State]
 
 
-class SoftAttentionDecoder(Decoder):
+class SoftAttentionDecoder(RecurrentDecoder):
     """Soft attention of Show, Attend and Tell (Xu et al., 1502.03044, sections 3.1.2 and 4.2.1).
 
     All linear maps of the hidden state are one matrix, `from_hidden`: the attention's query, the
     gate and the recurrent part of the cell.
     """
+
+    OUTPUT = ("output_weight", "output_bias")
 
     def __init__(self, config: DecoderConfig, region_dim: int, vocab_size: int) -> None:
         super().__init__()
@@ -79,7 +78,6 @@ class SoftAttentionDecoder(Decoder):
         self.mix = nn.Linear(hidden + region_dim if deep else hidden, mixed_dim)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         self._cell: Callable[..., State] = _lstm if config.cell == "lstm" else _gru
-        self._graphed: Graphed | None = None
         self.output_weight: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.output_weight = nn.Parameter(torch.empty(vocab_size, mixed_dim))
@@ -106,14 +104,10 @@ class SoftAttentionDecoder(Decoder):
         attended = AttendedOnce(memory, self.attention.score.weight)
         maps = _Maps(self.from_hidden, self.from_context, _gated, self._cell)
         state, context, attention = self._advance(self.from_word(words), state, attended, maps)
-        logits = self._logits(self._mixed(words, state[0], context))
+        logits = self.logits(self._mixed(words, state[0], context))
         return StepOutput(logits, state, attention)
 
-    def forward(
-        self, regions: Tensor, tokens: Tensor, num_words: int | None = None
-    ) -> DecoderOutput:
-        if self._graphed is not None and regions.is_cuda:
-            return self._forward_graphed(regions, tokens, num_words)
+    def packed(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
         packing = Packing(mask)
         words = self.dropout(self.embedding(packing.rows(tokens)))  # (R, D)
@@ -121,44 +115,22 @@ class SoftAttentionDecoder(Decoder):
         state = self.initial_state(memory, tokens.shape[1])
         attended = AttendedOverTime(memory, self.attention.score.weight)
         maps = _Maps(OverTime(self.from_hidden), OverTime(self.from_context), _gated, self._cell)
-        found = self._all_steps(packing.steps(self.from_word(words)), state, attended, maps)
+        found = self._unrolled(packing.steps(self.from_word(words)), state, attended, maps)
         hidden, context, attention = map(packing.words, found)
-        logits = self._logits(self._mixed(words[packing.real], hidden, context))  # (M, V)
+        logits = self.logits(self._mixed(words[packing.real], hidden, context))  # (M, V)
         return DecoderOutput(logits, placed(attention, mask), mask)
 
-    def compile_training(self) -> None:
-        outside = {id(self.embedding.weight), id(self.output_weight), id(self.output_bias)}
-        inside = [weight for weight in self.parameters() if id(weight) not in outside]
-        self._graphed = Graphed(self._unrolled, inside)
-
-    def _forward_graphed(
-        self, regions: Tensor, tokens: Tensor, num_words: int | None
-    ) -> DecoderOutput:
-        """`forward` with every caption in every step, which is what a GPU can do at once."""
-        mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
-        steps = mask.shape[-1]
-        rest = -steps % GRAPHED_STEPS
-        places = places_of(mask, num_words)  # (M,)
-        words = self.dropout(self.embedding(F.pad(tokens[..., :-1], (0, rest), value=PAD)))
-        assert self._graphed is not None
-        mixed, attention = self._graphed(words, regions)
-        among_all = places + places // steps * rest
-        logits = self._logits(mixed.flatten(0, 2).index_select(0, among_all))
-        return DecoderOutput(logits, attention[:, :, :steps] * mask.unsqueeze(-1), mask, places)
-
-    def _unrolled(self, words: Tensor, regions: Tensor) -> tuple[Tensor, ...]:
-        """What logits are read from, (B, K, T, D or H), and attention, (B, K, T, N), at all steps
-        with words (B, K, T, D)."""
+    def all_steps(self, words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
         memory = self.prepare(regions)
         state = self.initial_state(memory, words.shape[1])
         attended = AttendedFused(memory, self.attention.score.weight)
         over_time = OverTime(self.from_hidden), OverTime(self.from_context)
         maps = _Maps(*over_time, fused(_gated), fused(self._cell))
-        found = self._all_steps(self.from_word(words).unbind(dim=2), state, attended, maps)
+        found = self._unrolled(self.from_word(words).unbind(dim=2), state, attended, maps)
         hidden, context, attention = (torch.stack(steps, dim=2) for steps in found)
         return self._mixed(words, hidden, context), attention
 
-    def _all_steps(
+    def _unrolled(
         self,
         words: Sequence[Tensor],
         state: State,
@@ -199,7 +171,7 @@ class SoftAttentionDecoder(Decoder):
             mixed = self.mix(hidden)
         return mixed
 
-    def _logits(self, mixed: Tensor) -> Tensor:
+    def logits(self, mixed: Tensor) -> Tensor:
         """Logits (..., V) of what `_mixed` gives."""
         weight = self.embedding.weight if self.output_weight is None else self.output_weight
         return F.linear(self.dropout(mixed), weight, self.output_bias)

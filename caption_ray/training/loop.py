@@ -44,7 +44,9 @@ class Example:
     weight: float
     """1; 0 for a stand-in batch of a worker that has run out of pictures before the others"""
     num_words: int | None = None
-    """Real words, the ends of captions included, where the host knows"""
+    """Real words, the ends of captions included, and"""
+    num_captions: int | None = None
+    """captions, where the host knows them"""
 
 
 @dataclass
@@ -70,9 +72,10 @@ class Sums:
 
     def reduced(self) -> Sums:
         """The sums over all workers."""
+        if not dist.is_initialized():
+            return self
         total = torch.stack(list(vars(self).values()))
-        if dist.is_initialized():
-            dist.all_reduce(total)
+        dist.all_reduce(total)
         return Sums(*total)
 
     def losses(self, padded_length: int) -> dict[str, float]:
@@ -129,8 +132,9 @@ def to_example(
         for array in (images, tokens[..., :longest])
     ]
     on_device = [tensor.to(device, non_blocking=True) for tensor in pinned]
-    num_words = int((tokens[..., 1:] != PAD).sum())
-    return Example(on_device[0], on_device[1].long(), weight, num_words)
+    real = tokens[..., 1:] != PAD
+    counts = int(real.sum()), int(real.any(-1).sum())
+    return Example(on_device[0], on_device[1].long(), weight, *counts)
 
 
 def learning_rate_factor(
@@ -313,9 +317,14 @@ def _autocast(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
 
 
 def _counts(example: Example) -> Sums:
-    targets = example.tokens[..., 1:] != PAD  # (B, K, L-1)
-    words, captions = targets.sum(), targets.any(-1).sum()
-    images = torch.tensor(example.images.shape[0], device=targets.device)
-    none = torch.zeros_like(words)
-    counts = torch.stack([none, words, captions, images, none]).double()
-    return Sums(*(counts * example.weight))
+    """What is known before the forward pass."""
+    device, images = example.tokens.device, example.images.shape[0]
+    if example.num_words is None or example.num_captions is None:
+        real = example.tokens[..., 1:] != PAD
+        words, captions = int(real.sum()), int(real.any(-1).sum())
+    else:
+        words, captions = example.num_words, example.num_captions
+    counts = torch.tensor([0, words, captions, images, 0], dtype=torch.float64) * example.weight
+    if device.type == "cuda":
+        counts = counts.pin_memory()
+    return Sums(*counts.to(device, non_blocking=True))

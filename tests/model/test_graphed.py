@@ -3,10 +3,14 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from caption_ray.config import DecoderConfig
 from caption_ray.model.captioner import build_decoder
@@ -46,7 +50,7 @@ Found = tuple[DecoderOutput, list[Tensor]]
 
 
 def learnt(
-    decoder: Decoder,
+    decoder: nn.Module,
     regions: Tensor,
     tokens: Tensor,
     autocast: bool = False,
@@ -95,7 +99,7 @@ def test_all_captions_at_every_step_give_what_packed_ones_give(
     regions, tokens = torch.rand(3, REGIONS, REGION_DIM), random_tokens(3, 2, longest, "cpu")
     expected = learnt(decoder, regions, tokens)
     decoder.compile_training()
-    decoder.forward = decoder._forward_graphed  # type: ignore
+    decoder.forward = partial(decoder.graphed, decoder._graphed)  # type: ignore
     num_words = int((tokens[..., 1:] != PAD).sum())
     found = learnt(decoder, regions, tokens, num_words=num_words)
     same(found, expected, 1e-4)
@@ -106,7 +110,8 @@ def test_a_frozen_encoders_regions_get_no_gradient(without_graphs: None) -> None
     decoder = build_decoder(SMALL, REGION_DIM, VOCABULARY)
     decoder.compile_training()
     regions = torch.rand(3, REGIONS, REGION_DIM)
-    output = decoder._forward_graphed(regions, random_tokens(3, 2, 6, "cpu"), None)  # type: ignore
+    graph = decoder._graphed  # type: ignore
+    output = decoder.graphed(graph, regions, random_tokens(3, 2, 6, "cpu"), None)  # type: ignore
     output.logits.sum().backward()
     assert regions.grad is None
     assert all(p.grad is not None for p in decoder.parameters())
@@ -177,3 +182,19 @@ def test_a_backward_pass_after_another_forward_pass_is_an_error() -> None:
     graphed(regions, random_tokens(4, 2, 5, "cuda"))
     with pytest.raises(RuntimeError, match="take them in turn"):
         output.logits.sum().backward()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddp_gathers_the_gradients_of_graphs(kind: str, tmp_path: Path) -> None:
+    graphed, plain = pair(kind)
+    dist.init_process_group("nccl", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(graphed, device_ids=[0])
+        for step in range(3):  # DDP arranges its buckets anew after the first
+            regions = torch.rand(4, REGIONS, REGION_DIM, device="cuda")
+            tokens = random_tokens(4, 2, 9 - step, "cuda")
+            same(learnt(wrapped, regions, tokens), learnt(plain, regions, tokens), 1e-3)
+    finally:
+        dist.destroy_process_group()
