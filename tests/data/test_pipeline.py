@@ -1,12 +1,15 @@
 import dataclasses
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
+from ray.data import ExecutionResources
 
-from caption_ray import config, storage
+from caption_ray import cluster, config, storage
 from caption_ray.data import transforms
 from caption_ray.data.pipeline import Preparation, batches, open_shards, open_source
 from caption_ray.data.plan import plan_epoch
@@ -185,3 +188,30 @@ def test_no_index_is_a_clear_error(tmp_path):
     storage.write_bytes(str(tmp_path / "index.json"), b'{"format": 99}')
     with pytest.raises(ValueError, match="format 99"):
         open_shards(str(tmp_path))
+
+
+def test_ray_data_does_not_spin_while_the_reader_has_enough(monkeypatch):
+    steps = []
+    pause = cluster.UnhurriedExecution.on_execution_step
+
+    def noted(self, executor):
+        pause(self, executor)
+        steps.append(time.monotonic())
+
+    monkeypatch.setattr(cluster.UnhurriedExecution, "on_execution_step", noted)
+    context = ray.data.DataContext.get_current().copy()
+    limits = ExecutionResources.for_limits(cpu=1, object_store_memory=40e6)
+    context.execution_options.resource_limits = limits
+    blocks = 40
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
+            lambda rows: {"image": np.zeros((50, 300_000), np.uint8)}, batch_size=None
+        )
+        seen = 0
+        for batch in dataset.iter_batches(batch_size=64):
+            seen += len(batch["image"])
+            time.sleep(0.1)  # a training step
+    assert seen == 50 * blocks
+    pauses = (steps[-1] - steps[0]) / cluster.DATA_STEP_SECONDS
+    assert pauses > 50, "it was over before it could spin"
+    assert len(steps) < pauses + 5 * blocks
