@@ -160,7 +160,7 @@ def test_a_graph_reads_the_weights_of_now_and_gradients_add_up(kind: str) -> Non
                 token_loss(output.logits, output.targets(tokens))[0].backward()
             optimizer.step()
     for own, other in zip(graphed.parameters(), plain.parameters(), strict=True):
-        close(own, other, 1e-2)
+        close(own, other, 3e-2)  # Adam makes much of what rounding leaves of small gradients
 
 
 @pytest.mark.gpu
