@@ -121,7 +121,7 @@ def _measure(
     first = next(stream())
     resident = loop.to_example(first.images, first.tokens, size, device)
     pixels = np.random.default_rng(0).integers(
-        0, 256, (len(first.numbers), 3, size, size), np.uint8
+        0, 256, (len(first.numbers), size, size, 3), np.uint8
     )
     encoded = loop.to_example(pixels, first.tokens, size, device)
 

@@ -59,7 +59,7 @@ def _measure(options: Checkpoint, local: Path, target: str) -> None:
     rng = np.random.default_rng(0)
     size = preset.model.encoder.image_size
     example = loop.to_example(
-        rng.integers(0, 256, (options.batch_size, 3, size, size), np.uint8),
+        rng.integers(0, 256, (options.batch_size, size, size, 3), np.uint8),
         rng.integers(3, len(vocabulary), (options.batch_size, 5, 12), np.int32),
         size,
         device,

@@ -42,7 +42,7 @@ class Epoch:
 
 
 Arrays = tuple[Tensor, Tensor]
-"""A batch: images uint8 (B, 3, S, S) and tokens int32 (B, K, L)."""
+"""A batch: images uint8 (B, S, S, 3) and tokens int32 (B, K, L)."""
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> Arrays:

@@ -200,7 +200,7 @@ class Preparation:
     """Whether what people wrote comes along as text, whole."""
 
     def __call__(self, row: dict[str, Any], number: int, decode: bool = True) -> dict[str, Any]:
-        """One row of a shard as arrays: image uint8 (3, S, S), tokens int32 (K, L). Of a feature
+        """One row of a shard as arrays: image uint8 (S, S, 3), tokens int32 (K, L). Of a feature
         shard's row, `image` stays what it is: regions float16 (N, E).
 
         A picture that cannot be decoded gives a black one without tokens, which adds nothing to
@@ -228,17 +228,17 @@ class Preparation:
                 _blank(prepared, row["error"])
         elif decode:
             size = self.encoder.image_size
-            prepared["image"] = np.empty((3, size, size), np.uint8)
+            prepared["image"] = np.empty((size, size, 3), np.uint8)
             self.square(row["image"], prepared, prepared["image"])
         return prepared
 
     def square(self, data: bytes | None, prepared: dict[str, Any], out: NDArray[np.uint8]) -> None:
-        """Decode the picture of a row that was prepared without into `out`, uint8 (3, S, S)."""
+        """Decode the picture of a row that was prepared without into `out`, uint8 (S, S, 3)."""
         error = prepared["error"]
         if not error:
             try:
                 assert data is not None
-                out[:] = self._decode(data, prepared).transpose(2, 0, 1)
+                out[:] = self._decode(data, prepared)
                 return
             except transforms.ImageError as problem:
                 error = str(problem)
@@ -324,7 +324,7 @@ def _read_piece(
 
 @dataclass
 class Batch:
-    """What one step sees. images uint8 (B, 3, S, S), or what a frozen encoder made of them, float16
+    """What one step sees. images uint8 (B, S, S, 3), or what a frozen encoder made of them, float16
     (B, N, E); tokens int32 (B, K, L), numbers int64 (B,) of the pictures in their split, image_ids
     int64 (B,), errors: the unreadable ones, captions: what people wrote, if Preparation was told to
     bring it."""
@@ -400,7 +400,7 @@ def _begin_decoding(
         return columns, []
     # Ray's arrays are read-only
     columns = {name: np.array(column) for name, column in columns.items() if name != "image"}
-    columns["image"] = images = np.empty((len(encoded), 3, size, size), np.uint8)
+    columns["image"] = images = np.empty((len(encoded), size, size, 3), np.uint8)
 
     def decode(first: int) -> None:
         for i in range(first, min(first + TOGETHER, len(encoded))):

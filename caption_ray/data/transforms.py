@@ -177,11 +177,6 @@ def mentions_side(captions: Sequence[str]) -> bool:
     return any(_SIDES.search(caption) for caption in captions)
 
 
-def to_chw(image: Pixels) -> Pixels:
-    """(H, W, 3) -> contiguous (3, H, W)."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
-
-
 # Decoding -------------------------------------------------------------------------------------
 
 
@@ -250,13 +245,15 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 def _resize(image: Pixels, height: int, width: int) -> Pixels:
     """Antialiased bilinear, as torchvision's pretrained weights were made with.
 
-    Torch's kernel gives what Pillow's does in a third of the time.
+    Torch's kernel gives what Pillow's does in a fifth of the time.
     """
     if image.shape[:2] == (height, width):
         return image
     image = np.require(image, requirements=("C", "W"))  # what torch takes without a warning
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    # a batch of one, so that torch sees channels-last strides and leaves the channels where they
+    # are: to part them takes as long as the resizing
+    channels_last = torch.from_numpy(image[None]).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(
-        planes, (height, width), mode="bilinear", antialias=True
+        channels_last, (height, width), mode="bilinear", antialias=True
     )
-    return resized[0].permute(1, 2, 0).numpy()
+    return resized.permute(0, 2, 3, 1)[0].numpy()

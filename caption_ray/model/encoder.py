@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -86,6 +87,12 @@ class Encoder(nn.Module):
         for module in self._always_eval:
             module.training = False
         return self
+
+
+def to_tensor(images: NDArray[Any]) -> Tensor:
+    """Images as an encoder takes them: uint8 (B, S, S, 3) -> (B, 3, S, S), copied. In memory
+    channels stay last, as convolutions are fastest."""
+    return torch.tensor(images).permute(0, 3, 1, 2)
 
 
 def build_encoder(config: EncoderConfig, weights_path: str | None) -> Encoder:

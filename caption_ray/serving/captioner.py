@@ -212,7 +212,7 @@ class Captioner:
         predictor = self.predictor  # the same for the whole batch, whatever comes meanwhile
         assert predictor is not None
         size = predictor.encoder_config.image_size
-        if any(item.image.shape != (3, size, size) for item in items):
+        if any(item.image.shape != (size, size, 3) for item in items):
             return [Outdated(predictor.encoder_config) for _ in items]
         start = time.perf_counter()
         found = predictor.predict(

@@ -19,6 +19,7 @@ from torch import Tensor
 from caption_ray.config import EncoderConfig, SearchConfig
 from caption_ray.data import transforms
 from caption_ray.data.vocabulary import END, PAD
+from caption_ray.model.encoder import to_tensor
 from caption_ray.model.graphed_search import GraphedSearch
 from caption_ray.model.search import Hypotheses, OnStep, generate
 from caption_ray.training import checkpoint
@@ -91,7 +92,7 @@ class Predictor:
         return cls(checkpoint.load(checkpoint.find(uri)), device, search, cuda_graphs)
 
     def prepare(self, data: bytes) -> Images:
-        """uint8 (3, S, S) as the captioner wants it, from an encoded picture.
+        """uint8 (S, S, 3) as the captioner wants it, from an encoded picture.
 
         Raises transforms.ImageError if that cannot be decoded.
         """
@@ -105,7 +106,7 @@ class Predictor:
         seeds: Sequence[int] | None = None,
         on_words: Callable[[int, list[str]], None] | None = None,
     ) -> list[list[Caption]]:
-        """The `num_return` captions of each image, uint8 (B, 3, S, S), the best first.
+        """The `num_return` captions of each image, uint8 (B, S, S, 3), the best first.
 
         `search` is how they are searched for (default: `self.search`), `seeds` has a number for
         each image from which captions are drawn if `search` has a temperature. There may be fewer
@@ -117,9 +118,9 @@ class Predictor:
         Raises ValueError for images of any other shape or type.
         """
         size = self.encoder_config.image_size
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(
-                f"images are {images.dtype} {images.shape}: give uint8 (B, 3, {size}, {size}), "
+                f"images are {images.dtype} {images.shape}: give uint8 (B, {size}, {size}, 3), "
                 "which is what prepare() makes"
             )
         if len(images) == 0:
@@ -171,7 +172,7 @@ class Predictor:
             return self._graphed[len(pixels)](pixels, on_step)
 
     def _on_device(self, images: Images) -> Tensor:
-        pixels = torch.tensor(images)
+        pixels = to_tensor(images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         return pixels.to(self.device, non_blocking=True)
@@ -202,7 +203,7 @@ class Predictor:
             if self._cuda_graphs:
                 sizes |= {_padded(size) for size in range(1, max_batch_size)}
             for batch_size in sorted(sizes):
-                blank = np.full((batch_size, 3, size, size), 128, np.uint8)
+                blank = np.full((batch_size, size, size, 3), 128, np.uint8)
                 found = self.predict(blank)
         except (RuntimeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{self.uri}: cannot caption a blank picture: {error}") from error
@@ -235,7 +236,7 @@ Box = tuple[float, float, float, float]
 
 
 def prepare(data: bytes, encoder: EncoderConfig) -> Images:
-    """uint8 (3, S, S) as an encoder of this configuration wants it; needs no captioner.
+    """uint8 (S, S, 3) as an encoder of this configuration wants it; needs no captioner.
 
     Raises transforms.ImageError if `data` is not a picture that can be decoded.
     """
@@ -247,4 +248,5 @@ def prepare_with_box(data: bytes, encoder: EncoderConfig) -> tuple[Images, Box]:
     pixels: NDArray[Any] = transforms.decode(data)
     height, width = pixels.shape[:2]
     box = transforms.visible(height, width, encoder.image_fit)
-    return transforms.to_chw(transforms.fit(pixels, encoder.image_size, encoder.image_fit)), box
+    square = transforms.fit(pixels, encoder.image_size, encoder.image_fit)
+    return np.ascontiguousarray(square), box

@@ -39,7 +39,7 @@ from caption_ray.data.pipeline import (
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.shards import Shard
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.model.encoder import Encoder, build_encoder
+from caption_ray.model.encoder import Encoder, build_encoder, to_tensor
 from caption_ray.training.initial import initial_encoder
 
 FOLDER = "features"
@@ -287,9 +287,9 @@ class _Encode:
 
     @torch.inference_mode()
     def _regions(self, images: NDArray[np.uint8]) -> NDArray[np.float16]:
-        """float16 (rows, N, E) of uint8 (rows, 3, S, S), computed in float32."""
+        """float16 (rows, N, E) of uint8 (rows, S, S, 3), computed in float32."""
         parts = [
-            self.encoder(torch.tensor(images[start : start + BATCH_SIZE]).to(self.device)).half()
+            self.encoder(to_tensor(images[start : start + BATCH_SIZE]).to(self.device)).half()
             for start in range(0, len(images), BATCH_SIZE)
         ]
         regions = torch.cat(parts)

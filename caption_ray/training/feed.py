@@ -97,7 +97,7 @@ class Feed:
 
     def samples(self, count: int) -> tuple[NDArray[np.uint8], list[str]]:
         """The first pictures of the validation split, at most `count`, to look at: uint8
-        (count, 3, S, S), and one caption of each that a person wrote."""
+        (count, S, S, 3), and one caption of each that a person wrote."""
         unit = self.dataset.splits["val"][0]
         pictures = unit.pictures if isinstance(unit, FeatureFile) else unit
         prepare = self._preparation(None)

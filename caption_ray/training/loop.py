@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from caption_ray.config import TrainConfig
 from caption_ray.model.decoder import END, PAD, START, DecoderOutput
+from caption_ray.model.encoder import to_tensor
 from caption_ray.model.loss import doubly_stochastic, token_loss
 
 
@@ -119,19 +120,22 @@ def to_example(
     image_size: int,
     device: torch.device,
 ) -> Example:
-    """Arrays of a batch as tensors on the device; None gives a stand-in that weighs nothing."""
+    """Arrays of a batch (see `Batch`) as tensors on the device; None gives a stand-in that weighs
+    nothing."""
     weight = 1.0
     if images is None or tokens is None or not (tokens[..., 1:] != PAD).any():
         # every parameter still takes part, so that DDP's all-reduce does not wait for ever
-        images = np.zeros((1, 3, image_size, image_size), np.uint8)
+        images = np.zeros((1, image_size, image_size, 3), np.uint8)
         tokens = np.array([[[START, END]]], np.int32)
         weight = 0.0
     longest = int((tokens != PAD).any((0, 1)).nonzero()[0].max()) + 1
-    pinned = [
-        torch.tensor(array) if device.type == "cpu" else torch.tensor(array).pin_memory()
-        for array in (images, tokens[..., :longest])
+    on_host = [
+        to_tensor(images) if images.dtype == np.uint8 else torch.tensor(images),
+        torch.tensor(tokens[..., :longest]),
     ]
-    on_device = [tensor.to(device, non_blocking=True) for tensor in pinned]
+    if device.type == "cuda":
+        on_host = [tensor.pin_memory() for tensor in on_host]
+    on_device = [tensor.to(device, non_blocking=True) for tensor in on_host]
     real = tokens[..., 1:] != PAD
     counts = int(real.sum()), int(real.any(-1).sum())
     return Example(on_device[0], on_device[1].long(), weight, *counts)

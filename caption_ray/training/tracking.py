@@ -37,7 +37,7 @@ class Tracker(Protocol):
     def log_captions(
         self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
     ) -> None:
-        """Pictures uint8 (n, 3, S, S) with the model's captions and what people wrote."""
+        """Pictures uint8 (n, S, S, 3) with the model's captions and what people wrote."""
 
     def log_table(self, name: str, table: Table, step: int) -> None:
         """A table with all its pictures."""
@@ -97,7 +97,7 @@ class _WandB:
         self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
     ) -> None:
         pictures = [
-            self.image(np.moveaxis(image, 0, -1), caption=caption)
+            self.image(image, caption=caption)
             for image, caption in zip(images, captions, strict=True)
         ]
         rows = [list(row) for row in zip(pictures, captions, references, strict=True)]
@@ -149,7 +149,7 @@ class _TensorBoard:
         self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
     ) -> None:
         for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            self.writer.add_image(f"captions/{number}", image, step)
+            self.writer.add_image(f"captions/{number}", image, step, dataformats="HWC")
             self.writer.add_text(f"captions/{number}", f"{caption} ({references[number]})", step)
 
     def log_table(self, name: str, table: Table, step: int) -> None:

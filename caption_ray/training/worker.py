@@ -24,6 +24,7 @@ from caption_ray.config import Config
 from caption_ray.data.pipeline import DataSet, TooManyBadImages
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner
+from caption_ray.model.encoder import to_tensor
 from caption_ray.model.search import generate
 from caption_ray.training import checkpoint, loop, self_critical, validation
 from caption_ray.training.checkpoint import State
@@ -302,7 +303,7 @@ class _Worker:
     def _show_captions(self, images: NDArray[np.uint8], references: list[str]) -> None:
         search = replace(self.config.search, beam_size=1, temperature=0.0)
         self.learnt.eval()
-        found = generate(self.learnt, torch.tensor(images, device=self.device), search, 1)
+        found = generate(self.learnt, to_tensor(images).to(self.device), search, 1)
         captions = [self.job.vocabulary.decode(line) for line in found.tokens[:, 0].tolist()]
         assert self.journal.tracker is not None
         self.journal.tracker.log_captions(images, captions, references, self.total_steps)

@@ -73,13 +73,13 @@ def test_batches_hold_the_pictures_and_captions_of_their_rows(shards, scenes):
     vocabulary = Vocabulary.from_counts(dataset.word_counts, 1, None)
     seen = 0
     for batch in _epoch(dataset, "val", shuffle=None):
-        assert batch.images.dtype == np.uint8 and batch.images.shape[1:] == (3, 48, 48)
+        assert batch.images.dtype == np.uint8 and batch.images.shape[1:] == (48, 48, 3)
         assert batch.tokens.dtype == np.int32 and batch.tokens.shape[1:] == (5, 40)
         for image, tokens, number in zip(batch.images, batch.tokens, batch.numbers, strict=True):
             row = rows[number]
             file = Path(scenes, "val", row["file_name"])
             square = transforms.fit(transforms.decode(file.read_bytes()), 48, "stretch")
-            assert np.array_equal(image, transforms.to_chw(square))
+            assert np.array_equal(image, square)
             assert [vocabulary.decode(line) for line in tokens.tolist()] == row["captions"]
             seen += 1
     assert seen == 12

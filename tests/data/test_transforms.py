@@ -421,14 +421,6 @@ def test_sides_are_found_as_whole_words(caption: str, expected: bool) -> None:
     assert transforms.mentions_side(["a cat", caption]) is expected
 
 
-def test_channels_come_first_and_contiguous() -> None:
-    pixels = transforms.decode(encode(quadrants(), "PNG"))
-    planes = transforms.to_chw(pixels[:, ::-1])
-    assert planes.shape == (3, 64, 96)
-    assert planes.flags.c_contiguous
-    assert np.array_equal(planes[1, 5], pixels[5, ::-1, 1])
-
-
 # shrink
 
 

@@ -24,6 +24,7 @@ from caption_ray.model.decoder import (
     State,
     StepOutput,
 )
+from caption_ray.model.encoder import to_tensor
 from caption_ray.model.search import generate
 from caption_ray.serving.predictor import Predictor
 from caption_ray.training import checkpoint, loop
@@ -91,7 +92,7 @@ def captioner(model: ModelConfig) -> Captioner:
     return build_captioner(model, len(VOCABULARY), None, pretrained=True)
 
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (2, 3, SIZE, SIZE), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
 IMAGES[1] //= 4
 TOKENS = np.array(
     [[[START, 4, 5, 6, END]], [[START, 4, 8, END, PAD]]], np.int32
@@ -100,7 +101,7 @@ TOKENS = np.array(
 
 def test_its_forward_equals_the_loop_over_its_step(captioner: Captioner) -> None:
     decoder, tokens = captioner.decoder, torch.tensor(TOKENS).long()
-    regions = captioner.encoder.eval()(torch.tensor(IMAGES))
+    regions = captioner.encoder.eval()(to_tensor(IMAGES))
     output = decoder(regions, tokens)
     memory = decoder.prepare(regions)
     state, steps = decoder.initial_state(memory, 1), []
@@ -134,5 +135,5 @@ def test_it_is_trained_saved_and_searched_like_the_others(
     assert said == ["a red circle", "a blue"], "two pictures are learnt by heart"
     together = Predictor.from_uri(f"{run},{run}", CPU)
     assert [caption.text for (caption,) in together.predict(IMAGES)] == said
-    found = generate(predictor.captioner, torch.tensor(IMAGES), search, num_return=3)
+    found = generate(predictor.captioner, to_tensor(IMAGES), search, num_return=3)
     assert found.log_probs.isfinite().all()

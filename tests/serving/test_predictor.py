@@ -18,6 +18,7 @@ from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, Search
 from caption_ray.data.transforms import ImageError
 from caption_ray.data.vocabulary import END, START, Vocabulary
 from caption_ray.model.captioner import build_captioner
+from caption_ray.model.encoder import to_tensor
 from caption_ray.model.ensemble import Ensemble
 from caption_ray.serving.predictor import Images, Predictor, prepare
 from caption_ray.training import checkpoint
@@ -62,10 +63,10 @@ def predictor() -> Predictor:
 
 @pytest.fixture(scope="module")
 def images() -> Images:
-    """Random pictures of different brightness, uint8 (8, 3, S, S)."""
+    """Random pictures of different brightness, uint8 (8, S, S, 3)."""
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 100, (8, 3, SIZE, SIZE))
-    return (noise + rng.integers(0, 155, (8, 3, 1, 1))).astype(np.uint8)
+    noise = rng.integers(0, 100, (8, SIZE, SIZE, 3))
+    return (noise + rng.integers(0, 155, (8, 1, 1, 3))).astype(np.uint8)
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -93,7 +94,7 @@ def test_log_prob_is_that_of_teacher_forcing(predictor: Predictor, images: Image
         ended = len(ids) < predictor.search.max_length
         tokens = torch.tensor([[[START, *ids] + [END] * ended]])
         with torch.no_grad():
-            logits = predictor.captioner(torch.tensor(image[None]), tokens).logits
+            logits = predictor.captioner(to_tensor(image[None]), tokens).logits
         expected = -torch.nn.functional.cross_entropy(logits, tokens[0, 0, 1:], reduction="sum")
         assert caption.log_prob == pytest.approx(float(expected), abs=1e-4)
 
@@ -146,15 +147,15 @@ def test_no_pictures_no_captions(predictor: Predictor, images: Images) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        np.zeros((3, SIZE, SIZE), np.uint8),
-        np.zeros((1, 3, SIZE, SIZE + 1), np.uint8),
-        np.zeros((1, SIZE, SIZE, 3), np.uint8),
-        np.zeros((1, 3, SIZE, SIZE), np.float32),
+        np.zeros((SIZE, SIZE, 3), np.uint8),
+        np.zeros((1, SIZE, SIZE + 1, 3), np.uint8),
+        np.zeros((1, 3, SIZE, SIZE), np.uint8),
+        np.zeros((1, SIZE, SIZE, 3), np.float32),
     ],
     ids=lambda array: f"{array.dtype}{array.shape}",
 )
 def test_other_arrays_are_refused(predictor: Predictor, wrong: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"give uint8 \(B, 3, 48, 48\)"):
+    with pytest.raises(ValueError, match=r"give uint8 \(B, 48, 48, 3\)"):
         predictor.predict(wrong)
 
 

@@ -14,7 +14,7 @@ from caption_ray.data import features
 from caption_ray.data.pipeline import FeatureFile, Preparation, ShardFile, batches, open_shards
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.model.encoder import build_encoder
+from caption_ray.model.encoder import build_encoder, to_tensor
 from caption_ray.training import checkpoint, feature_cache, trainer
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -85,7 +85,7 @@ def test_batches_hold_the_encoders_own_output(dataset, cached):
     for pictures, known in zip(_batches(dataset, prepare), _batches(cached, prepare), strict=True):
         assert known.images.dtype == np.float16
         with torch.inference_mode():
-            expected = encoder(torch.tensor(pictures.images)).numpy()
+            expected = encoder(to_tensor(pictures.images)).numpy()
         np.testing.assert_allclose(known.images, expected, rtol=1e-3, atol=1e-4)
         assert np.array_equal(known.tokens, pictures.tokens)
         assert np.array_equal(known.numbers, pictures.numbers)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from caption_ray import config
 from caption_ray.model.captioner import build_captioner
+from caption_ray.model.encoder import to_tensor
 from caption_ray.training import loop
 
 VOCABULARY, SIZE = 30, 32
@@ -37,7 +38,7 @@ def _settings(**changes):
 def _data(count, seed=0):
     """Pictures with captions of very different lengths, some of them missing."""
     rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
+    images = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
     tokens = np.zeros((count, 3, 14), np.int32)
     for row in tokens.reshape(-1, 14):
         words = int(rng.integers(0, 12))
@@ -149,7 +150,7 @@ def test_losses_are_the_mean_over_words_and_the_originals_padded_sum():
         line = lines[0][lines[0] != loop.PAD]
         if len(line):
             captions += 1
-            output = model.eval()(torch.tensor(image[None]), torch.tensor(line).long()[None, None])
+            output = model.eval()(to_tensor(image[None]), torch.tensor(line).long()[None, None])
             picked = output.logits.log_softmax(-1)[range(len(line) - 1), line[1:]]
             nll, words = nll - float(picked.detach().sum()), words + len(line) - 1
     assert losses["loss"] == pytest.approx(nll / words, rel=1e-5)

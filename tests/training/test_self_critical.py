@@ -40,7 +40,7 @@ def _settings(**changes):
 def _example(images=3):
     tokens = np.full((images, 1, 5), PAD, np.int32)
     tokens[..., :4] = [START, 4, 5, END]
-    pixels = np.random.default_rng(0).integers(0, 256, (images, 3, SIZE, SIZE), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (images, SIZE, SIZE, 3), dtype=np.uint8)
     return loop.to_example(pixels, tokens, SIZE, CPU)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from caption_ray import config
 from caption_ray.training import tracking
 
-PICTURES = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
+PICTURES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
 
 
 def _jpeg(level):
