@@ -23,7 +23,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.data import Datasource, ExecutionResources, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
 from caption_ray import storage
@@ -67,14 +67,18 @@ class ShardFile:
 
     def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """All rows, verified against the index; DamagedError naming the shard if they differ."""
+        rows: list[dict[str, Any]] = self.table(columns).to_pylist()
+        return rows
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """What `read` gives, without a copy of each picture."""
         try:
             data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
         except storage.DamagedError as error:
             raise storage.DamagedError(
                 f"{error}: not what the index names; ingest again into an empty folder"
             ) from None
-        rows: list[dict[str, Any]] = shards.from_bytes(data, columns).to_pylist()
-        return rows
+        return shards.from_bytes(data, columns)
 
     def captions(self) -> list[list[str]]:
         """What people wrote of each picture, without reading the pictures."""
@@ -96,6 +100,10 @@ class RawImages:
         """All rows, always whole; unreadable pictures have an `error` instead of an `image`."""
         with ThreadPoolExecutor(READ_THREADS) as threads:
             return list(threads.map(lambda record: to_row(record, None), self.records))
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The same as in a shard file."""
+        return pa.Table.from_pylist(self.read(), schema=shards.SCHEMA)
 
     def captions(self) -> list[list[str]]:
         """What people wrote of each picture."""
@@ -199,17 +207,28 @@ class Preparation:
     with_captions: bool = False
     """Whether what people wrote comes along as text, whole."""
 
-    def __call__(self, row: dict[str, Any], number: int, decode: bool = True) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         """One row of a shard as arrays: image uint8 (S, S, 3), tokens int32 (K, L). Of a feature
         shard's row, `image` stays what it is: regions float16 (N, E).
 
         A picture that cannot be decoded gives a black one without tokens, which adds nothing to
-        any loss, and `error` says why. Without `decode`, `image` is what is left to decode, with
-        `square`.
+        any loss, and `error` says why.
         """
+        prepared = self.but_for_image(row, number)
+        if isinstance(row["image"], np.ndarray):
+            prepared["image"] = row["image"]
+            if row["error"]:
+                _blank(prepared, row["error"])
+        else:
+            size = self.encoder.image_size
+            prepared["image"] = np.empty((size, size, 3), np.uint8)
+            self.square(row["image"], prepared, prepared["image"])
+        return prepared
+
+    def but_for_image(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        """All that a call gives but the `image`, which is left to `square`."""
         captions: list[str] = row["captions"]
         prepared = {
-            "image": row["image"],
             "tokens": np.zeros((self.data.captions_per_image, self.data.caption_length), np.int32),
             "number": number,
             "image_id": row["image_id"],
@@ -223,17 +242,10 @@ class Preparation:
             captions = [captions[i] for i in rng.permutation(len(captions))]
         for line, caption in zip(prepared["tokens"], captions, strict=False):
             line[:] = self.vocabulary.encode(caption, self.data.caption_length)
-        if isinstance(row["image"], np.ndarray):
-            if row["error"]:
-                _blank(prepared, row["error"])
-        elif decode:
-            size = self.encoder.image_size
-            prepared["image"] = np.empty((size, size, 3), np.uint8)
-            self.square(row["image"], prepared, prepared["image"])
         return prepared
 
     def square(self, data: bytes | None, prepared: dict[str, Any], out: NDArray[np.uint8]) -> None:
-        """Decode the picture of a row that was prepared without into `out`, uint8 (S, S, 3)."""
+        """Decode the picture of a row that is prepared but for it into `out`, uint8 (S, S, 3)."""
         error = prepared["error"]
         if not error:
             try:
@@ -312,11 +324,19 @@ def _read_piece(
     unit: Unit, piece: Piece, prepare: ray.ObjectRef, decode: bool, block_rows: int | None
 ) -> Iterable[pa.Table]:
     preparation: Preparation = ray.get(prepare)
-    rows = unit.read(COLUMNS)
     step = block_rows or len(piece.rows)
-    for start in range(0, len(piece.rows), step):
-        part = piece.rows[start : start + step]
-        yield _to_block([preparation(rows[i], piece.first + int(i), decode) for i in part])
+    parts = [piece.rows[start : start + step] for start in range(0, len(piece.rows), step)]
+    if decode:
+        rows = unit.read(COLUMNS)
+        for part in parts:
+            yield _to_block([preparation(rows[i], piece.first + int(i)) for i in part])
+        return
+    assert not isinstance(unit, FeatureFile)
+    table = unit.table(COLUMNS)
+    rows = table.drop_columns("image").to_pylist()
+    for part in parts:
+        block = _to_block([preparation.but_for_image(rows[i], piece.first + int(i)) for i in part])
+        yield block.append_column("image", table["image"].take(pa.array(part)))
 
 
 # Batches --------------------------------------------------------------------------------------
@@ -354,16 +374,23 @@ def batches(
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus)
     context.execution_options.preserve_order = keep_order
+    near = decode_threads > 0 and not isinstance(units[0], FeatureFile)
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
-            Pieces(units, pieces, prepare, decode=not decode_threads),
-            override_num_blocks=len(pieces),
+            Pieces(units, pieces, prepare, decode=not near), override_num_blocks=len(pieces)
         )
-        stream: Iterator[dict[str, NDArray[Any]]] = iter(
-            dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
-        )
-        if decode_threads:
-            stream = _decoded(stream, prepare, decode_threads)
+        if near:
+            # whole blocks as they lie in the object store: Ray's batches would be copies
+            blocks = dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=2
+            )
+            stream = _decoded(_rebatched(blocks, batch_size), prepare, decode_threads)
+        else:
+            stream = iter(
+                dataset.iter_batches(
+                    batch_size=batch_size, batch_format="numpy", prefetch_batches=2
+                )
+            )
         for columns in stream:
             yield Batch(
                 columns["image"],
@@ -375,15 +402,36 @@ def batches(
             )
 
 
+Columns: TypeAlias = dict[str, NDArray[Any]]
+
+
+def _rebatched(blocks: Iterable[pa.Table], batch_size: int) -> Iterator[list[pa.Table]]:
+    """The same rows in batches, each in parts that are views of the blocks."""
+    parts: list[pa.Table] = []
+    wanted = batch_size
+    for block in blocks:
+        start = 0
+        while start < len(block):
+            part = block.slice(start, wanted)
+            parts.append(part)
+            start += len(part)
+            wanted -= len(part)
+            if not wanted:
+                yield parts
+                parts, wanted = [], batch_size
+    if parts:
+        yield parts
+
+
 def _decoded(
-    stream: Iterator[dict[str, NDArray[Any]]], prepare: Preparation, count: int
-) -> Iterator[dict[str, NDArray[Any]]]:
+    batches: Iterator[list[pa.Table]], prepare: Preparation, count: int
+) -> Iterator[Columns]:
     """The batches with their pictures decoded by `count` threads, which are AHEAD of the reader."""
-    ahead: deque[tuple[dict[str, NDArray[Any]], list[Future[None]]]] = deque()
+    ahead: deque[tuple[Columns, list[Future[None]]]] = deque()
     threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
     try:
-        for columns in stream:
-            ahead.append(_begin_decoding(columns, prepare, threads))
+        for parts in batches:
+            ahead.append(_begin_decoding(parts, prepare, threads))
             if len(ahead) > AHEAD:
                 yield _finished(*ahead.popleft())
         while ahead:
@@ -393,20 +441,18 @@ def _decoded(
 
 
 def _begin_decoding(
-    columns: dict[str, NDArray[Any]], prepare: Preparation, threads: ThreadPoolExecutor
-) -> tuple[dict[str, NDArray[Any]], list[Future[None]]]:
-    encoded, size = columns["image"], prepare.encoder.image_size
-    if encoded.dtype != object:  # features, of which nothing is left to decode
-        return columns, []
-    # Ray's arrays are read-only
-    columns = {name: np.array(column) for name, column in columns.items() if name != "image"}
+    parts: list[pa.Table], prepare: Preparation, threads: ThreadPoolExecutor
+) -> tuple[Columns, list[Future[None]]]:
+    encoded = [picture for part in parts for picture in part["image"]]
+    columns = _to_columns([part.drop_columns("image") for part in parts])
+    size = prepare.encoder.image_size
     columns["image"] = images = np.empty((len(encoded), size, size, 3), np.uint8)
 
     def decode(first: int) -> None:
         for i in range(first, min(first + TOGETHER, len(encoded))):
             row = {name: columns[name][i] for name in ("number", "file_name", "flip", "error")}
             row["tokens"] = columns["tokens"][i]
-            prepare.square(encoded[i], row, images[i])
+            prepare.square(encoded[i].as_py(), row, images[i])
             if row["error"]:
                 columns["error"][i], columns["captions"][i] = row["error"], ""
 
@@ -414,9 +460,13 @@ def _begin_decoding(
     return columns, [threads.submit(decode, first) for first in starts]
 
 
-def _finished(
-    columns: dict[str, NDArray[Any]], decoding: list[Future[None]]
-) -> dict[str, NDArray[Any]]:
+def _to_columns(parts: list[pa.Table]) -> Columns:
+    """Arrays of their own, to be written to: Ray's are read-only."""
+    arrays = [BlockAccessor.for_block(part).to_batch_format("numpy") for part in parts]
+    return {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
+
+
+def _finished(columns: Columns, decoding: list[Future[None]]) -> Columns:
     for future in decoding:
         future.result()
     return columns

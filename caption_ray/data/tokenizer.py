@@ -129,8 +129,8 @@ _RULES = [
         r"\U00010000-\U0010ffff]",
     )
 ]
-_PLAIN = re.compile(r"(?:[A-Za-z]+(?: +|$))+")
-_LAST_WORD = re.compile(r"([A-Za-z]{2,})\.\Z")
+_PLAIN = re.compile(r"(?:[A-Za-z]+(?:,? +|$))+")
+_LAST_WORD = re.compile(r"([A-Za-z]{2,})\. *\Z")
 _CUT = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
 _ODD = _CUT.union(f"{_ABBREVIATIONS} {_CAPITALISED} {_NUMBERED}".lower().split())
 """Words of which this or their full stop makes something else."""
@@ -144,7 +144,7 @@ def tokenize(caption: str) -> list[str]:
     while at < end:
         plain = _PLAIN.match(caption, at)
         if plain:  # most captions but for their last word and full stop, and quick
-            run = plain.group().lower().split()
+            run = plain.group().lower().replace(",", " ").split()
             if _CUT.isdisjoint(run):
                 words += run
                 at = plain.end()

@@ -250,9 +250,10 @@ def _resize(image: Pixels, height: int, width: int) -> Pixels:
     if image.shape[:2] == (height, width):
         return image
     image = np.require(image, requirements=("C", "W"))  # what torch takes without a warning
-    # a batch of one, so that torch sees channels-last strides and leaves the channels where they
-    # are: to part them takes as long as the resizing
-    channels_last = torch.from_numpy(image[None]).permute(0, 3, 1, 2)
+    # A batch of one, so that torch sees channels-last strides and leaves the channels where they
+    # are: to part them takes as long as the resizing. Torch makes the batch, for numpy gives an
+    # axis of one the stride 0, which is no layout torch knows.
+    channels_last = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(
         channels_last, (height, width), mode="bilinear", antialias=True
     )

@@ -3,12 +3,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from caption_ray.data import tokenizer
 from caption_ray.data.tokenizer import tokenize
 
 # What CoreNLP 3.4.1 and pycocoevalcap 1.2 gave for these captions.
@@ -69,6 +71,26 @@ def test_surrounding_space_and_case_do_not_matter() -> None:
     for caption in ("A dog's T-shirt.", "Don't, U.S."):
         assert tokenize(f"  {caption} \n") == tokenize(caption)
         assert tokenize(caption.upper()) == tokenize(caption)
+
+
+_PIECES = (
+    "a Dog cat, lamps , cannot gonna wanna, no. no No, art. St. dog. x. . .. - it's 5 I é b.c"
+).split()
+
+
+def test_the_quick_path_cuts_as_the_rules_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    captions = [
+        rng.choice(("", " ", ". ", "\n")).join((" ".join(rng.choices(_PIECES, k=5)), end))
+        for _ in range(2000)
+        for end in ("", ".", " ", ".  ", ",", ". A")
+    ]
+    quick = [tokenize(caption) for caption in captions]
+    nothing = re.compile(r"(?!)")
+    monkeypatch.setattr(tokenizer, "_PLAIN", nothing)
+    monkeypatch.setattr(tokenizer, "_LAST_WORD", nothing)
+    for caption, words in zip(captions, quick, strict=True):
+        assert words == tokenize(caption), caption
 
 
 # Against the reference itself
