@@ -70,10 +70,11 @@ class DataConfig(_Strict):
     max_bad_images: float = 0.01
     """Share of an epoch's pictures that may be unreadable before the run stops, naming them."""
 
-    decode: Literal["auto", "near", "far"] = "auto"
+    decode: Literal["auto", "near", "far", "device"] = "auto"
     """Where pictures are decoded: `near`, in threads of the training worker, which spares moving
-    them decoded; `far`, in Ray tasks on any node. `auto`: near, unless other nodes have more CPUs
-    for it than the worker's own."""
+    them decoded; `far`, in Ray tasks on any node; `device`, training pictures on the worker's GPU
+    (nvJPEG), whose pixels differ by a level or so and whose time is the model's. `auto`: near,
+    unless other nodes have more CPUs for it than the worker's own."""
 
     decode_workers: int | None = None
     """CPUs that each training worker may use for reading and far decoding, and threads for near

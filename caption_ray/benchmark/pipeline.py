@@ -23,15 +23,11 @@ from caption_ray.benchmark import measuring, pictures, runs
 from caption_ray.benchmark.plain import Epoch, Shards, collate
 from caption_ray.data import shards
 from caption_ray.data.ingest import IMAGES_PER_SHARD, ingest
-from caption_ray.data.pipeline import (
-    DataSet,
-    Preparation,
-    ShardFile,
-    batches,
-    open_shards,
-)
+from caption_ray.data.pipeline import DataSet, ShardFile, batches, open_shards
 from caption_ray.data.plan import plan_epoch
+from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.model.encoder import to_tensor
 
 BATCH_SIZE = 64
 SIZE = 224
@@ -102,11 +98,13 @@ def _measure(
 ) -> None:
     loader = Shards(epoch, BATCH_SIZE).loader(cores)
     first: dict[str, list[float]] = {"far": [], "near": []}
+    if torch.cuda.is_available():
+        first["device"] = []
 
     def through_ray(where: str) -> Callable[[], float]:
         def whole_epoch() -> float:
             start, count = time.perf_counter(), 0
-            for images, _tokens in _ours(epoch, cores, cores if where == "near" else 0):
+            for images, _tokens in _ours(epoch, cores, where):
                 if not count:
                     first[where].append(time.perf_counter() - start)
                 count += len(images)
@@ -144,15 +142,14 @@ def _measure(
     measuring.record(found)
 
 
-def _ours(epoch: Epoch, cores: int, threads: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _ours(epoch: Epoch, cores: int, where: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     stream = batches(
         epoch.units, epoch.pieces, epoch.prepare, batch_size=BATCH_SIZE, cpus=cores,
-        keep_order=False, decode_threads=threads,
+        keep_order=False, decode_threads=0 if where == "far" else cores,
+        decode_on=torch.device("cuda") if where == "device" else None,
     )  # fmt: skip
     for batch in stream:
-        # Ray's own arrays are read-only, which torch does not take
-        images = batch.images if batch.images.flags.writeable else batch.images.copy()
-        yield torch.from_numpy(images), torch.from_numpy(batch.tokens.copy())
+        yield to_tensor(batch.images), torch.tensor(batch.tokens)
 
 
 # Memory -----------------------------------------------------------------------------------------

@@ -12,42 +12,34 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from numpy.typing import NDArray
 from ray.data import Datasource, ExecutionResources, ReadTask
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
 from caption_ray import storage
-from caption_ray.config import DataConfig, EncoderConfig
-from caption_ray.data import features, shards, transforms
+from caption_ray.data import features, near, shards
 from caption_ray.data.ingest import READ_THREADS, plan_digest, read_index, to_row
 from caption_ray.data.plan import Piece
+from caption_ray.data.preparation import Preparation
 from caption_ray.data.shards import Index, Shard
 from caption_ray.data.sources import Record, find_splits
 from caption_ray.data.tokenizer import tokenize
-from caption_ray.data.vocabulary import Vocabulary
 
 BLOCK_ROWS = 64
 """Pictures in one block on the object store: small enough to stream, large enough to be cheap."""
 
-
 COLUMNS = ("image_id", "file_name", "image", "captions", "error")
 """What training reads of a shard; boxes and the like cost time."""
-
-AHEAD = 2
-"""Batches that are decoded, or being decoded, before they are asked for."""
-
-TOGETHER = 4
-"""Pictures that a decoding thread takes at a time."""
 
 
 class TooManyBadImages(RuntimeError):
@@ -192,83 +184,7 @@ def open_source(uri: str, *, seed: int) -> DataSet:
     return DataSet(storage.resolve(uri), splits, counts, plan_digest(order_of, None))
 
 
-# Rows to arrays -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How rows become arrays; the same for every worker of a run."""
-
-    encoder: EncoderConfig
-    data: DataConfig
-    vocabulary: Vocabulary
-    augment: tuple[int, int] | None
-    """(seed, epoch) of the random crops, flips and choice of captions; None outside training."""
-    with_captions: bool = False
-    """Whether what people wrote comes along as text, whole."""
-
-    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        """One row of a shard as arrays: image uint8 (S, S, 3), tokens int32 (K, L). Of a feature
-        shard's row, `image` stays what it is: regions float16 (N, E).
-
-        A picture that cannot be decoded gives a black one without tokens, which adds nothing to
-        any loss, and `error` says why.
-        """
-        prepared = self.but_for_image(row, number)
-        if isinstance(row["image"], np.ndarray):
-            prepared["image"] = row["image"]
-            if row["error"]:
-                _blank(prepared, row["error"])
-        else:
-            size = self.encoder.image_size
-            prepared["image"] = np.empty((size, size, 3), np.uint8)
-            self.square(row["image"], prepared, prepared["image"])
-        return prepared
-
-    def but_for_image(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        """All that a call gives but the `image`, which is left to `square`."""
-        captions: list[str] = row["captions"]
-        prepared = {
-            "tokens": np.zeros((self.data.captions_per_image, self.data.caption_length), np.int32),
-            "number": number,
-            "image_id": row["image_id"],
-            "file_name": row.get("file_name", ""),
-            "flip": self.data.flip and not transforms.mentions_side(captions),
-            "captions": json.dumps(captions) if self.with_captions else "",
-            "error": row["error"] or "",
-        }
-        if self.augment is not None and len(captions) > self.data.captions_per_image:
-            rng = np.random.default_rng([*self.augment, 2, number])
-            captions = [captions[i] for i in rng.permutation(len(captions))]
-        for line, caption in zip(prepared["tokens"], captions, strict=False):
-            line[:] = self.vocabulary.encode(caption, self.data.caption_length)
-        return prepared
-
-    def square(self, data: bytes | None, prepared: dict[str, Any], out: NDArray[np.uint8]) -> None:
-        """Decode the picture of a row that is prepared but for it into `out`, uint8 (S, S, 3)."""
-        error = prepared["error"]
-        if not error:
-            try:
-                assert data is not None
-                out[:] = self._decode(data, prepared)
-                return
-            except transforms.ImageError as problem:
-                error = str(problem)
-        out[:] = 0
-        _blank(prepared, f"{prepared['file_name']}: {error}")
-
-    def _decode(self, data: bytes, prepared: dict[str, Any]) -> NDArray[np.uint8]:
-        image, size = transforms.decode(data), self.encoder.image_size
-        if self.augment is None or (self.data.min_crop == 1 and not self.data.flip):
-            return transforms.fit(image, size, self.encoder.image_fit)
-        rng = np.random.default_rng([*self.augment, 3, prepared["number"]])
-        return transforms.augment(image, size, self.data.min_crop, prepared["flip"], rng)
-
-
-def _blank(prepared: dict[str, Any], error: str) -> None:
-    """Have the row weigh nothing, and say why."""
-    prepared["tokens"][:] = 0
-    prepared["captions"], prepared["error"] = "", error
+# Pieces through Ray Data ------------------------------------------------------------------------
 
 
 def _to_block(rows: list[dict[str, Any]]) -> pa.Table:
@@ -344,12 +260,12 @@ def _read_piece(
 
 @dataclass
 class Batch:
-    """What one step sees. images uint8 (B, S, S, 3), or what a frozen encoder made of them, float16
-    (B, N, E); tokens int32 (B, K, L), numbers int64 (B,) of the pictures in their split, image_ids
-    int64 (B,), errors: the unreadable ones, captions: what people wrote, if Preparation was told to
-    bring it."""
+    """What one step sees. images uint8 (B, S, S, 3), on the device that decoded them if any, or
+    what a frozen encoder made of them, float16 (B, N, E); tokens int32 (B, K, L), numbers int64
+    (B,) of the pictures in their split, image_ids int64 (B,), errors: the unreadable ones,
+    captions: what people wrote, if Preparation was told to bring it."""
 
-    images: NDArray[np.uint8] | NDArray[np.float16]
+    images: NDArray[np.uint8] | NDArray[np.float16] | torch.Tensor
     tokens: NDArray[np.int32]
     numbers: NDArray[np.int64]
     image_ids: NDArray[np.int64]
@@ -366,25 +282,28 @@ def batches(
     cpus: float,
     keep_order: bool,
     decode_threads: int = 0,
+    decode_on: torch.device | None = None,
 ) -> Iterator[Batch]:
     """The pictures of `pieces`, read by at most `cpus` CPUs of the cluster at a time and decoded by
-    them (far), or by so many threads of this process (near)."""
+    them (far), or by so many threads of this process (near), which may have a GPU do it."""
     if not pieces:
         return
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus)
     context.execution_options.preserve_order = keep_order
-    near = decode_threads > 0 and not isinstance(units[0], FeatureFile)
+    is_near = decode_threads > 0 and not isinstance(units[0], FeatureFile)
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
-            Pieces(units, pieces, prepare, decode=not near), override_num_blocks=len(pieces)
+            Pieces(units, pieces, prepare, decode=not is_near), override_num_blocks=len(pieces)
         )
-        if near:
+        if is_near:
             # whole blocks as they lie in the object store: Ray's batches would be copies
             blocks = dataset.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=2
             )
-            stream = _decoded(_rebatched(blocks, batch_size), prepare, decode_threads)
+            stream = near.decoded(
+                _rebatched(blocks, batch_size), prepare, decode_threads, decode_on
+            )
         else:
             stream = iter(
                 dataset.iter_batches(
@@ -402,11 +321,10 @@ def batches(
             )
 
 
-Columns: TypeAlias = dict[str, NDArray[Any]]
-
-
-def _rebatched(blocks: Iterable[pa.Table], batch_size: int) -> Iterator[list[pa.Table]]:
-    """The same rows in batches, each in parts that are views of the blocks."""
+def _rebatched(
+    blocks: Iterable[pa.Table], batch_size: int
+) -> Iterator[tuple[list[pa.Scalar], near.Columns]]:
+    """The same rows in batches: the encoded pictures as views of the blocks, and the rest."""
     parts: list[pa.Table] = []
     wanted = batch_size
     for block in blocks:
@@ -417,56 +335,17 @@ def _rebatched(blocks: Iterable[pa.Table], batch_size: int) -> Iterator[list[pa.
             start += len(part)
             wanted -= len(part)
             if not wanted:
-                yield parts
+                yield _apart(parts)
                 parts, wanted = [], batch_size
     if parts:
-        yield parts
+        yield _apart(parts)
 
 
-def _decoded(
-    batches: Iterator[list[pa.Table]], prepare: Preparation, count: int
-) -> Iterator[Columns]:
-    """The batches with their pictures decoded by `count` threads, which are AHEAD of the reader."""
-    ahead: deque[tuple[Columns, list[Future[None]]]] = deque()
-    threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
-    try:
-        for parts in batches:
-            ahead.append(_begin_decoding(parts, prepare, threads))
-            if len(ahead) > AHEAD:
-                yield _finished(*ahead.popleft())
-        while ahead:
-            yield _finished(*ahead.popleft())
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _begin_decoding(
-    parts: list[pa.Table], prepare: Preparation, threads: ThreadPoolExecutor
-) -> tuple[Columns, list[Future[None]]]:
-    encoded = [picture for part in parts for picture in part["image"]]
-    columns = _to_columns([part.drop_columns("image") for part in parts])
-    size = prepare.encoder.image_size
-    columns["image"] = images = np.empty((len(encoded), size, size, 3), np.uint8)
-
-    def decode(first: int) -> None:
-        for i in range(first, min(first + TOGETHER, len(encoded))):
-            row = {name: columns[name][i] for name in ("number", "file_name", "flip", "error")}
-            row["tokens"] = columns["tokens"][i]
-            prepare.square(encoded[i].as_py(), row, images[i])
-            if row["error"]:
-                columns["error"][i], columns["captions"][i] = row["error"], ""
-
-    starts = range(0, len(encoded), TOGETHER)
-    return columns, [threads.submit(decode, first) for first in starts]
-
-
-def _to_columns(parts: list[pa.Table]) -> Columns:
-    """Arrays of their own, to be written to: Ray's are read-only."""
-    arrays = [BlockAccessor.for_block(part).to_batch_format("numpy") for part in parts]
-    return {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
-
-
-def _finished(columns: Columns, decoding: list[Future[None]]) -> Columns:
-    for future in decoding:
-        future.result()
-    return columns
+def _apart(parts: list[pa.Table]) -> tuple[list[pa.Scalar], near.Columns]:
+    pictures = [picture for part in parts for picture in part["image"]]
+    others = [
+        BlockAccessor.for_block(part.drop_columns("image")).to_batch_format("numpy")
+        for part in parts
+    ]
+    # arrays of their own, to be written to: Ray's are read-only
+    return pictures, {name: np.concatenate([part[name] for part in others]) for name in others[0]}

@@ -11,7 +11,7 @@ import re
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -91,6 +91,19 @@ def image_size(data: bytes) -> tuple[int, int]:
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
+def upright_jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG of which any decoder makes the same picture but for rounding:
+    colour or grey, and upright as it is stored. None for all else, read from the header.
+
+    Raises ImageError as `image_size` does.
+    """
+    image = _open(data, MAX_PIXELS)
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or _orientation(image) != 1:
+        return None
+    width, height = image.size
+    return height, width
+
+
 def shrink(data: bytes, shorter_side: int) -> bytes:
     """The picture as an upright RGB JPEG whose shorter side has at most so many pixels.
 
@@ -125,41 +138,38 @@ def thumbnail(data: bytes, longer_side: int) -> bytes:
     return buffer.getvalue()
 
 
+class Window(NamedTuple):
+    """The part of a picture that becomes a square, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    is_mirrored: bool = False
+
+
 Fit = Literal["stretch", "crop"]
 """How a picture becomes a square: squeezed as a whole, or cut to its centre."""
 
 
-def fit(image: Pixels, size: int, how: Fit) -> Pixels:
-    """(H, W, 3) -> (size, size, 3), antialiased: the whole picture squeezed, or its centre."""
-    top, left, rows, columns = _window(image.shape[0], image.shape[1], how)
-    return _resize(image[top : top + rows, left : left + columns], size, size)
-
-
-def visible(height: int, width: int, how: Fit) -> tuple[float, float, float, float]:
-    """What `fit` keeps: left, top, right and bottom as fractions of the picture."""
-    top, left, rows, columns = _window(height, width, how)
-    return left / width, top / height, (left + columns) / width, (top + rows) / height
-
-
-def _window(height: int, width: int, how: Fit) -> tuple[int, int, int, int]:
-    """Top, left, height and width in pixels."""
+def fitting(height: int, width: int, how: Fit) -> Window:
+    """What a picture of this size shows unless it is augmented."""
     if how == "stretch":
-        return 0, 0, height, width
+        return Window(0, 0, height, width)
     if how != "crop":
         raise ValueError(f"how is {how!r}: give stretch or crop")
     side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+    return Window((height - side) // 2, (width - side) // 2, side, side)
 
 
-def augment(
-    image: Pixels, size: int, min_crop: float, flip: bool, rng: np.random.Generator
-) -> Pixels:
-    """(H, W, 3) -> (size, size, 3): a random crop, squeezed, and mirrored half of the time.
+def random_window(
+    height: int, width: int, min_crop: float, flip: bool, rng: np.random.Generator
+) -> Window:
+    """A random crop of a picture of this size, mirrored half of the time if `flip`.
 
     The crop keeps a share in [`min_crop`, 1] of the area. Its aspect is log-uniform within
     `ASPECTS` as far as a crop of that area can have it: a long picture keeps a long crop.
     """
-    height, width = image.shape[:2]
     aspect, share = width / height, rng.uniform(min_crop, 1)
     narrowest, widest = aspect * share, aspect / share  # beyond, it would leave the picture
     low, high = (min(max(limit, narrowest), widest) for limit in ASPECTS)
@@ -168,8 +178,34 @@ def augment(
     crop_height = min(height, max(1, round(math.sqrt(width * height * share / chosen))))
     left = int(rng.integers(width - crop_width + 1))
     top = int(rng.integers(height - crop_height + 1))
-    square = _resize(image[top : top + crop_height, left : left + crop_width], size, size)
-    return square[:, ::-1] if flip and rng.random() < 0.5 else square
+    return Window(top, left, crop_height, crop_width, bool(flip and rng.random() < 0.5))
+
+
+def squeeze(image: Pixels, window: Window, size: int) -> Pixels:
+    """What the window shows of a picture (H, W, 3), antialiased: (size, size, 3)."""
+    top, left, height, width, is_mirrored = window
+    square = _resize(image[top : top + height, left : left + width], size, size)
+    return square[:, ::-1] if is_mirrored else square
+
+
+def fit(image: Pixels, size: int, how: Fit) -> Pixels:
+    """(H, W, 3) -> (size, size, 3): the whole picture squeezed, or its centre."""
+    height, width, _ = image.shape
+    return squeeze(image, fitting(height, width, how), size)
+
+
+def augment(
+    image: Pixels, size: int, min_crop: float, flip: bool, rng: np.random.Generator
+) -> Pixels:
+    """(H, W, 3) -> (size, size, 3): a `random_window` squeezed."""
+    height, width, _ = image.shape
+    return squeeze(image, random_window(height, width, min_crop, flip, rng), size)
+
+
+def visible(height: int, width: int, how: Fit) -> tuple[float, float, float, float]:
+    """What `fit` keeps: left, top, right and bottom as fractions of the picture."""
+    top, left, rows, columns, _ = fitting(height, width, how)
+    return left / width, top / height, (left + columns) / width, (top + rows) / height
 
 
 def mentions_side(captions: Sequence[str]) -> bool:

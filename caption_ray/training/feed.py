@@ -13,15 +13,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from caption_ray.config import Config
-from caption_ray.data.pipeline import (
-    Batch,
-    DataSet,
-    FeatureFile,
-    Preparation,
-    TooManyBadImages,
-    batches,
-)
+from caption_ray.data.pipeline import Batch, DataSet, FeatureFile, TooManyBadImages, batches
 from caption_ray.data.plan import plan_epoch
+from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.training import loop
 
@@ -156,6 +150,7 @@ class Feed:
             batch_size=train.batch_size,
             cpus=self.decode_cpus,
             decode_threads=self.decode_threads,
+            decode_on=self.device if data.decode == "device" and epoch is not None else None,
             keep_order=train.deterministic or epoch is None,
         )
 

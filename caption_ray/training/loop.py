@@ -115,7 +115,7 @@ def gathered(items: list[str]) -> list[str]:
 
 
 def to_example(
-    images: NDArray[np.uint8] | NDArray[np.float16] | None,
+    images: NDArray[np.uint8] | NDArray[np.float16] | Tensor | None,
     tokens: NDArray[np.int32] | None,
     image_size: int,
     device: torch.device,
@@ -130,11 +130,11 @@ def to_example(
         weight = 0.0
     longest = int((tokens != PAD).any((0, 1)).nonzero()[0].max()) + 1
     on_host = [
-        to_tensor(images) if images.dtype == np.uint8 else torch.tensor(images),
+        torch.tensor(images) if images.dtype == np.float16 else to_tensor(images),
         torch.tensor(tokens[..., :longest]),
     ]
     if device.type == "cuda":
-        on_host = [tensor.pin_memory() for tensor in on_host]
+        on_host = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in on_host]
     on_device = [tensor.to(device, non_blocking=True) for tensor in on_host]
     real = tokens[..., 1:] != PAD
     counts = int(real.sum()), int(real.any(-1).sum())

@@ -23,7 +23,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from caption_ray import cluster, storage
-from caption_ray.config import Config, from_dict, to_dict
+from caption_ray.config import Config, from_dict, require, to_dict
 from caption_ray.data.ingest import ensure_shapes
 from caption_ray.data.pipeline import DataSet, open_shards, open_source
 from caption_ray.data.vocabulary import Vocabulary
@@ -72,15 +72,21 @@ def train(config: Config) -> Finished:
     or SIGTERM, and Ray's TrainingFailedError when workers die more often than allowed.
     """
     config = _settle(config)
+    gpus = cluster.num_gpus() if config.train.use_gpu is not False else 0
+    if config.train.use_gpu:
+        gpus = max(gpus, config.train.num_workers)
+    require(
+        gpus > 0 or config.data.decode != "device",
+        "data.decode",
+        config.data.decode,
+        "training has no GPU: give auto, near or far",
+    )
     reads_features = feature_cache.is_wanted(config)
     assert config.run.name is not None
     run = storage.join(config.run.storage, config.run.name)
     dataset = open_data(config)
     vocabulary = _vocabulary(config, dataset)
     resumed = _settle_run(config, run, dataset, vocabulary)
-    gpus = cluster.num_gpus() if config.train.use_gpu is not False else 0
-    if config.train.use_gpu:
-        gpus = max(gpus, config.train.num_workers)
     print(json.dumps(to_dict(config), indent=1))
     print(
         f"Run {run}: {'resumed' if resumed else 'new'}; {sum(dataset.rows('train'))} training and "

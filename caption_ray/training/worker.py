@@ -176,7 +176,7 @@ class _Worker:
     def _decode_threads(self, decode_cpus: float) -> int:
         """Threads for near decoding; 0: it is far."""
         data = self.config.data
-        is_near = self.cores >= decode_cpus if data.decode == "auto" else data.decode == "near"
+        is_near = self.cores >= decode_cpus if data.decode == "auto" else data.decode != "far"
         return (data.decode_workers or self.cores) if is_near else 0
 
     @property

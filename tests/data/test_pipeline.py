@@ -11,8 +11,9 @@ from ray.data import ExecutionResources
 
 from caption_ray import cluster, config, storage
 from caption_ray.data import transforms
-from caption_ray.data.pipeline import Preparation, batches, open_shards, open_source
+from caption_ray.data.pipeline import batches, open_shards, open_source
 from caption_ray.data.plan import plan_epoch
+from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 
 from caption_ray import config, storage
 from caption_ray.data import features
-from caption_ray.data.pipeline import FeatureFile, Preparation, ShardFile, batches, open_shards
+from caption_ray.data.pipeline import FeatureFile, ShardFile, batches, open_shards
 from caption_ray.data.plan import plan_epoch
+from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.encoder import build_encoder, to_tensor
 from caption_ray.training import checkpoint, feature_cache, trainer

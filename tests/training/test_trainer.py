@@ -162,6 +162,14 @@ def test_a_run_is_not_resumed_with_another_model(undisturbed, shards):
         trainer.train(changed)
 
 
+def test_decoding_on_a_gpu_needs_one_before_anything_is_written(shards, tmp_path):
+    settings = _config(shards, tmp_path, "none")
+    data = dataclasses.replace(settings.data, decode="device")
+    with pytest.raises(ValueError, match=r"--data\.decode is 'device': .*no GPU"):
+        trainer.train(dataclasses.replace(settings, data=data))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_run_is_not_resumed_on_a_data_set_that_changed_under_its_uri(
     undisturbed, scenes, shards, tmp_path
 ):
