@@ -14,11 +14,13 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from urllib.parse import quote
+
+import numpy as np
 
 READ_TIMEOUT_VARIABLE = "CAPTION_RAY_READ_TIMEOUT"
 """Environment variable that changes READ_TIMEOUT, on all nodes."""
@@ -33,6 +35,9 @@ enough for eight readers that share a slow line, and an end to one byte a second
 
 PART_BYTES = 8 << 20
 """Larger objects go to S3 in parts of this size."""
+
+READ_BYTES = 1 << 20
+"""How much of a large object is read at a time."""
 
 PARTIAL = ".part"
 """Suffix of files that are being written."""
@@ -54,11 +59,17 @@ class HttpStatus(Exception):
         self.status = status
 
 
+Buffer: TypeAlias = bytes | memoryview
+
+
 class Backend(Protocol):
     """What a kind of storage must be able to do."""
 
     def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
         """The whole object, or (start, length) of it."""
+
+    def read_large(self, uri: str) -> Buffer:
+        """The whole object in the least time, for a caller who knows what it must be."""
 
     def write(self, uri: str, data: bytes) -> None:
         """Create or replace the object at once; DamagedError if something else arrived there."""
@@ -88,6 +99,10 @@ class Local:
                 return file.read()
             file.seek(window[0])
             return file.read(window[1])
+
+    def read_large(self, uri: str) -> Buffer:
+        with open(uri, "rb", buffering=0) as file:
+            return _read_into(file.readinto, os.fstat(file.fileno()).st_size)
 
     def write(self, uri: str, data: bytes) -> None:
         path = Path(uri)
@@ -171,16 +186,26 @@ class S3:
         return bucket, key
 
     def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
-        bucket, key = self.split(uri)
         extra = {"Range": f"bytes={window[0]}-{window[0] + window[1] - 1}"} if window else {}
-        answer = self.client.get_object(Bucket=bucket, Key=key, **extra)
-        body = answer["Body"]
-        # boto3 offers no other way to the connection than this private name
-        with _time_limit(body._raw_stream, answer["ContentLength"]):
-            data: bytes = body.read()
+        with self.opened(uri, **extra) as answer:
+            data: bytes = answer["Body"].read()
         if window is None:
             self.compare_with_etag(uri, data, answer)
         return data
+
+    def read_large(self, uri: str) -> Buffer:
+        # not compared with its ETag: an MD5 takes longer than all else together
+        with self.opened(uri) as answer:
+            return _read_into(answer["Body"].readinto, answer["ContentLength"])
+
+    @contextmanager
+    def opened(self, uri: str, **options: str) -> Iterator[dict[str, Any]]:
+        """The server's answer, its `Body` still to be read within the time that it may take."""
+        bucket, key = self.split(uri)
+        answer = self.client.get_object(Bucket=bucket, Key=key, **options)
+        # boto3 offers no other way to the connection than this private name
+        with _time_limit(answer["Body"]._raw_stream, answer["ContentLength"]):
+            yield answer
 
     def compare_with_etag(self, uri: str, data: bytes, answer: dict[str, Any]) -> None:
         """Raise DamagedError if the server's ETag says that these are not the object's bytes.
@@ -308,6 +333,9 @@ class Http:
         response.release_conn()
         return data
 
+    def read_large(self, uri: str) -> Buffer:
+        return self.read(uri, None)
+
     def write(self, uri: str, data: bytes) -> None:
         raise ValueError(f"{uri}: cannot write to a web server; give a local path or a bucket")
 
@@ -356,6 +384,17 @@ def _time_limit(response: Any, length: int) -> Iterator[None]:
         timer.cancel()
 
 
+def _read_into(readinto: Callable[[memoryview], int | None], length: int) -> memoryview:
+    """At most `length` bytes of a stream, fewer if it ends before, in memory of huge pages: numpy
+    asks for these, which spares two thirds of the time of a plain read of a file."""
+    buffer = np.empty(length, np.uint8).data
+    at = 0
+    # a stream that makes its own copy of what is asked for shall ask for little
+    while at < length and (count := readinto(buffer[at : at + READ_BYTES])):
+        at += count
+    return buffer[:at]
+
+
 class Arrow:
     """Any other scheme that pyarrow knows (gs://, hdfs://, abfs://)."""
 
@@ -368,6 +407,9 @@ class Arrow:
         filesystem, path = self.open(uri)
         with filesystem.open_input_file(path) as file:
             return bytes(file.read_at(window[1], window[0]) if window else file.read())
+
+    def read_large(self, uri: str) -> Buffer:
+        return self.read(uri, None)
 
     def write(self, uri: str, data: bytes) -> None:
         filesystem, path = self.open(uri)

@@ -20,8 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import xxhash
+
 from caption_ray import backends
-from caption_ray.backends import Backend
+from caption_ray.backends import Backend, Buffer
 from caption_ray.backends import DamagedError as DamagedError
 from caption_ray.backends import StorageError as StorageError
 
@@ -78,15 +80,17 @@ def read_bytes(uri: str) -> bytes:
     return _retried(uri, lambda backend, where: backend.read(where, None))
 
 
-def read_verified(uri: str, length: int, sha256: str) -> bytes:
-    """The whole object, whose size and digest are known; DamagedError if it stays another."""
+def read_verified(uri: str, length: int, expected: str) -> Buffer:
+    """The whole object, whose size and checksum are known; DamagedError if it stays another."""
+    # earlier versions wrote SHA-256 where checksums are now
+    compute = checksum if len(expected) == len(checksum(b"")) else digest
 
-    def read(backend: Backend, where: str) -> bytes:
-        data = backend.read(where, None)
-        if len(data) != length or digest(data) != sha256:
+    def read(backend: Backend, where: str) -> Buffer:
+        data = backend.read_large(where)
+        if len(data) != length or compute(data) != expected:
             raise DamagedError(
                 f"{uri}: {len(data)} bytes that are not those which were written "
-                f"({length} bytes, SHA-256 {sha256[:12]}...)"
+                f"({length} bytes, checksum {expected[:12]}...)"
             )
         return data
 
@@ -183,9 +187,16 @@ def download(uri: str, path: str | Path) -> Path:
     return target
 
 
-def digest(data: bytes) -> str:
-    """SHA-256 of the bytes, in hexadecimal."""
+def digest(data: Buffer) -> str:
+    """SHA-256 of the bytes, in hexadecimal: to tell things from all others."""
     return hashlib.sha256(data).hexdigest()
+
+
+def checksum(data: Buffer) -> str:
+    """XXH3 (128 bits) of the bytes, in hexadecimal: to find damage, in a fourteenth of the time of
+    SHA-256. What somebody forges to have the same checksum passes, as it would with an index that
+    is forged along with it."""
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 def open_seekable(uri: str) -> BinaryIO:

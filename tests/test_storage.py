@@ -17,6 +17,19 @@ def test_what_is_written_is_read_back(tmp_path):
     assert storage.read_bytes(uri) == b"new"
 
 
+@pytest.mark.parametrize("known", [storage.checksum, storage.digest], ids=["now", "once"])
+@pytest.mark.parametrize("length", [0, 10, 3_000_001])
+def test_what_is_known_is_read_whole_or_not_at_all(tmp_path, known, length):
+    uri, data = str(tmp_path / "a.bin"), os.urandom(length)
+    storage.write_bytes(uri, data)
+    assert bytes(storage.read_verified(uri, length, known(data))) == data
+    others = [data + b"1", data[:-1] + bytes([data[-1] ^ 1]) if data else b"2"]
+    for other in others:
+        storage.write_bytes(uri, other)
+        with pytest.raises(storage.DamagedError, match="not those which were written"):
+            storage.read_verified(uri, length, known(data))
+
+
 def test_a_range_past_the_end_is_an_error(tmp_path):
     uri = str(tmp_path / "short")
     storage.write_bytes(uri, b"abc")

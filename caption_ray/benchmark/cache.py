@@ -74,7 +74,7 @@ def _write(folder: Path, pictures: int, vocabulary: Vocabulary) -> list[FeatureF
         data = features.to_bytes(regions, np.arange(start, start + rows), captions, [""] * rows)
         file = folder / f"{start}.arrow"
         file.write_bytes(data)
-        shard = Shard(file.name, rows, len(data), storage.digest(data))
+        shard = Shard(file.name, rows, len(data), storage.checksum(data))
         units.append(FeatureFile(str(file), shard, ShardFile("", shard)))
     return units
 

@@ -80,7 +80,7 @@ def _epoch(dataset: DataSet, images: int, folder: Path) -> Epoch:
         part = rows[start : start + IMAGES_PER_SHARD]
         data, file = shards.to_bytes(part), folder / f"{start}.parquet"
         file.write_bytes(data)
-        shard = shards.Shard(file.name, len(part), len(data), storage.digest(data))
+        shard = shards.Shard(file.name, len(part), len(data), storage.checksum(data))
         units.append(ShardFile(str(file), shard))
     # the augmentation would blur the comparison: the others have none
     data_config = dataclasses.replace(config.coco().data, min_crop=1.0, flip=False)

@@ -43,7 +43,7 @@ def to_bytes(
     return bytes(sink.getvalue())
 
 
-def from_bytes(data: bytes) -> list[dict[str, Any]]:
+def from_bytes(data: bytes | memoryview) -> list[dict[str, Any]]:
     """Its rows, in the form of those of a picture shard; `image` is float16 (N, E), a view of
     `data`."""
     table = pa.ipc.open_file(pa.py_buffer(data)).read_all()

@@ -246,7 +246,7 @@ def _write_shard(
     if rows:
         storage.write_bytes(storage.join(out, file), data)
     receipt = Receipt(
-        Shard(file, len(rows), len(data), storage.digest(data)), left_out, dict(counts)
+        Shard(file, len(rows), len(data), storage.checksum(data)), left_out, dict(counts)
     )
     storage.write_bytes(receipt_uri, json.dumps(dataclasses.asdict(receipt)).encode())
     return receipt

@@ -47,7 +47,7 @@ class Shard:
     rows: int
     bytes: int
     digest: str
-    """SHA-256 of the file."""
+    """`storage.checksum` of the file."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def to_bytes(rows: list[dict[str, Any]]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def from_bytes(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+def from_bytes(data: bytes | memoryview, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a shard file, with these columns only (None: all)."""
     names = None if columns is None else list(columns)
     return pq.read_table(pa.BufferReader(data), schema=SCHEMA, columns=names)

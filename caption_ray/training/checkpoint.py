@@ -133,7 +133,7 @@ def save(
     for name, data in files.items():
         (folder / name).write_bytes(data)
     manifest = {
-        name: {"bytes": len(data), "digest": storage.digest(data)} for name, data in files.items()
+        name: {"bytes": len(data), "digest": storage.checksum(data)} for name, data in files.items()
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -364,9 +364,8 @@ def _read(uri: str, names: list[str]) -> dict[str, bytes]:
             raise CheckpointError(f"{uri}: a damaged manifest, which has no {name}")
         entry = manifest[name]
         try:
-            files[name] = storage.read_verified(
-                storage.join(uri, name), entry["bytes"], entry["digest"]
-            )
+            location = storage.join(uri, name)
+            files[name] = bytes(storage.read_verified(location, entry["bytes"], entry["digest"]))
         except FileNotFoundError as error:
             raise CheckpointError(f"{uri}: not a whole checkpoint ({error})") from None
         except storage.DamagedError as error:

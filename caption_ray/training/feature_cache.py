@@ -270,7 +270,7 @@ class _Encode:
             [json.loads(text) if text else [] for text in block["captions"]],
             list(block["error"]),
         )
-        digest = storage.digest(data)
+        digest = storage.checksum(data)
         # named by its content: who makes the same at the same time may get other last bits
         shard = Shard(f"{name}-{digest[:12]}.arrow", len(block["number"]), len(data), digest)
         storage.write_bytes(storage.join(self.folder, shard.file), data)

@@ -40,7 +40,7 @@ def test_what_is_written_and_read_through_faults_is_right(bucket, proxy, fault):
         storage.write_bytes(uri, data)
     for uri, data in objects.items():
         assert storage.read_bytes(uri) == data
-        assert storage.read_verified(uri, len(data), storage.digest(data)) == data
+        assert storage.read_verified(uri, len(data), storage.checksum(data)) == data
         assert storage.size(uri) == len(data)
     assert storage.list_files(storage.join(bucket, "folder")) == sorted(objects)
     assert proxy.injected[fault] >= 3
@@ -80,7 +80,7 @@ def test_a_wrong_byte_that_stays_is_damage_and_no_other_error(bucket, proxy, mon
     storage.write_bytes(uri, data)
     proxy.rates = {"corrupt": 1.0}
     with pytest.raises(storage.DamagedError, match=uri):
-        storage.read_verified(uri, len(data), storage.digest(data))
+        storage.read_verified(uri, len(data), storage.checksum(data))
 
 
 def test_etags_that_are_no_digests_are_accepted_after_a_second_look(bucket, monkeypatch):
