@@ -73,8 +73,9 @@ class DataConfig(_Strict):
     decode: Literal["auto", "near", "far", "device"] = "auto"
     """Where pictures are decoded: `near`, in threads of the training worker, which spares moving
     them decoded; `far`, in Ray tasks on any node; `device`, training pictures on the worker's GPU
-    (nvJPEG), whose pixels differ by a level or so and whose time is the model's. `auto`: near,
-    unless other nodes have more CPUs for it than the worker's own."""
+    (nvJPEG), which rounds otherwise than CPUs do and has less time for the model then. `auto`:
+    near, unless other nodes have more CPUs for it than the worker's own; never device, which
+    nobody has measured beside training yet."""
 
     decode_workers: int | None = None
     """CPUs that each training worker may use for reading and far decoding, and threads for near

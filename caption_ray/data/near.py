@@ -110,9 +110,9 @@ def squares_on(
 ) -> Tensor:
     """The same squares decoded (by nvJPEG) and resized on `device`: uint8 (B, S, S, 3).
 
-    They show the same part of each picture, and differ in brightness by a level or so: decoders may
-    round as they like. What is no upright JPEG in colour or grey is decoded by this thread instead,
-    and so is, with a warning, a batch that the device's decoder refuses.
+    They show the same part of each picture, and differ by what decoders may round as they like.
+    What is no upright JPEG in colour or grey is decoded by this thread instead, and so is, with a
+    warning, a batch that the device's decoder refuses.
     """
     size = prepare.encoder.image_size
     places, pictures, windows = [], [], []

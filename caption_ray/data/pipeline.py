@@ -5,7 +5,8 @@ reads is then a pure function of (seed, epoch, rank), nothing is dropped to make
 and an interrupted epoch can be continued with what is left of it. A shard is one Ray Data task,
 which reads and tokenises. Pictures are decoded there as well (far: on any node, and they cross the
 object store as uint8 tensors of fixed shape) or in threads of the process that wants the batches
-(near: what crosses is encoded, a fifth of the bytes or less). Batches are the same either way.
+(near: what crosses is encoded, a fifth of the bytes or less). Batches are the same either way, but
+for rounding where the near process has a GPU decode.
 """
 
 from __future__ import annotations
