@@ -73,7 +73,7 @@ class DataConfig(_Strict):
     decode: Literal["auto", "near", "far", "device"] = "auto"
     """Where pictures are decoded: `near`, in threads of the training worker, which spares moving
     them decoded; `far`, in Ray tasks on any node; `device`, training pictures on the worker's GPU
-    (nvJPEG), which rounds otherwise than CPUs do and has less time for the model then. `auto`:
+    (nvJPEG), which rounds otherwise than CPUs do and has less time left for the model. `auto`:
     near, unless other nodes have more CPUs for it than the worker's own; never device, which
     nobody has measured beside training yet."""
 

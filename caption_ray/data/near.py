@@ -6,6 +6,7 @@ B pictures of a batch, S side of the square that a picture becomes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -123,8 +124,8 @@ def squares_on(
             places.append(i)
             pictures.append(data)
             windows.append(prepare.window(*shape, columns["number"][i], columns["flip"][i]))
-    squares = torch.empty((len(encoded), size, size, 3), dtype=torch.uint8, device=device)
     with _own_stream(device):
+        squares = torch.empty((len(encoded), size, size, 3), dtype=torch.uint8, device=device)
         try:
             for i, square in zip(places, _decode(device, pictures, windows, size), strict=True):
                 squares[i] = square
@@ -185,4 +186,10 @@ def _own_stream(device: torch.device) -> contextlib.AbstractContextManager[objec
     """A stream beside the one that trains."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(_stream(device))
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all threads and epochs: torch keeps memory for each stream there ever was."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
