@@ -11,7 +11,7 @@ import tyro
 
 from caption_ray import cluster
 from caption_ray.config import SearchOverrides, default_storage
-from caption_ray.data.pipeline import open_shards
+from caption_ray.data.dataset import open_shards
 from caption_ray.evaluation import scorecard
 from caption_ray.training import checkpoint
 

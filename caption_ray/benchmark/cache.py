@@ -19,7 +19,8 @@ from caption_ray import config, storage
 from caption_ray.benchmark import measuring, runs
 from caption_ray.benchmark.model import COCO_SPREAD, COCO_WORDS
 from caption_ray.data import features
-from caption_ray.data.pipeline import Batch, FeatureFile, ShardFile, batches
+from caption_ray.data.dataset import FeatureFile, ShardFile
+from caption_ray.data.pipeline import Batch, batches
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.shards import Shard

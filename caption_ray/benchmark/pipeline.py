@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from caption_ray import config, storage
 from caption_ray.benchmark import measuring, pictures, runs
 from caption_ray.benchmark.plain import Epoch, Shards, collate
 from caption_ray.data import shards
+from caption_ray.data.dataset import DataSet, ShardFile, open_shards
 from caption_ray.data.ingest import IMAGES_PER_SHARD, ingest
-from caption_ray.data.pipeline import DataSet, ShardFile, batches, open_shards
+from caption_ray.data.pipeline import batches
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary
@@ -39,7 +40,7 @@ class Pipeline:
 
     source: str | None = None
     """Pictures in COCO's layout (see jobs/ingest.py); None: made-up ones of 640 x 480."""
-    images: int = 6000
+    images: int = 12000
     """Pictures of an epoch; those of the source come as often as that takes."""
     num_cpus: int | None = None
     """Cores to decode with; None: all of this machine."""
@@ -112,7 +113,7 @@ def _measure(
 
         return whole_epoch
 
-    memory = {where: _peak_memory(through_ray(where)) for where in first}
+    fresh = {where: _in_fresh_ray(epoch, cores, where) for where in first}
     bare = BareLoop(epoch, processes)
     rates = measuring.in_turn(
         {
@@ -132,14 +133,24 @@ def _measure(
         over = measuring.ratios(rates[name], rates["torch DataLoader"])
         print(
             f"{name}: {measuring.spread(over, '.2f')} of torch DataLoader; first batch after "
-            f"{measuring.spread(seconds[2:], '.2f')} s; {memory[where]:.0f} MiB"
+            f"{measuring.spread(seconds[1:], '.2f')} s"
         )
         found["ways"][name] |= {
             "of_dataloader": round(float(np.median(over)), 3),
-            "first_batch_s": round(float(np.median(seconds[2:])), 2),
-            "memory_mib": round(memory[where]),
+            "first_batch_s": round(float(np.median(seconds[1:])), 2),
         }
+        if (shown := fresh[where]) is not None:
+            found["ways"][name] |= _told(*shown)
     measuring.record(found)
+
+
+def _told(first: float, memory: dict[str, float]) -> dict[str, Any]:
+    """Print what a fresh Ray showed; returns what `record` prints of it."""
+    parts = ", ".join(f"{mib:.0f} {kind}" for kind, mib in memory.items())
+    total = sum(memory.values())
+    print(f"  in a fresh Ray: first batch after {first:.2f} s; at most {total:.0f} MiB: {parts}")
+    whole = {kind: round(mib) for kind, mib in memory.items()}
+    return {"fresh_first_batch_s": round(first, 2), "memory_mib": round(total), "of_it": whole}
 
 
 def _ours(epoch: Epoch, cores: int, where: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -152,35 +163,57 @@ def _ours(epoch: Epoch, cores: int, where: str) -> Iterator[tuple[torch.Tensor, 
         yield to_tensor(batch.images), torch.tensor(batch.tokens)
 
 
-# Memory -----------------------------------------------------------------------------------------
+# In a fresh Ray ---------------------------------------------------------------------------------
 
 
-def _memory() -> float:
-    """MiB of this process and Ray's, each shared page counted once."""
-    total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+def _in_fresh_ray(epoch: Epoch, cores: int, where: str) -> tuple[float, dict[str, float]] | None:
+    """Seconds until the first batch of an epoch, and the most memory, in MiB by kind of process,
+    in a process with a Ray of its own; None on a cluster, of which this machine sees a part."""
+    if "RAY_ADDRESS" in os.environ:
+        return None
+    with runs.processes(1) as (process,):
+        return process.submit(_epoch_in_fresh_ray, epoch, cores, where).result()
+
+
+def _epoch_in_fresh_ray(epoch: Epoch, cores: int, where: str) -> tuple[float, dict[str, float]]:
+    with runs.on_ray(cores):
+        done = threading.Event()
+        with ThreadPoolExecutor(1) as watcher:
+            peak = watcher.submit(_peak_memory, done)
+            start = time.perf_counter()
+            stream = _ours(epoch, cores, where)
+            next(stream)
+            first = time.perf_counter() - start
+            for _ in stream:
+                pass
+            done.set()
+            return first, peak.result()
+
+
+def _peak_memory(done: threading.Event) -> dict[str, float]:
+    """What `_memory` gives when it is most."""
+    samples = [_memory()]
+    while not done.wait(0.5):
+        samples.append(_memory())
+    return max(samples, key=lambda sample: sum(sample.values()))
+
+
+def _memory() -> dict[str, float]:
+    """MiB by kind of process, each shared page counted once."""
+    reader = psutil.Process()
+    found = {"of the reader": 0.0, "of read tasks": 0.0, "of Ray itself": 0.0}
+    for process in [reader, *reader.children(recursive=True)]:
         try:
-            if "multiprocessing" not in " ".join(process.cmdline()):  # the bare loop's
-                total += process.memory_full_info().pss
+            name = "".join(process.cmdline()[:1])
+            kind = "of Ray itself"
+            if process == reader:
+                kind = "of the reader"
+            elif name.startswith(("ray::IDLE", "ray::ReadPieces")):
+                kind = "of read tasks"
+            found[kind] += process.memory_full_info().pss / 2**20
         except psutil.NoSuchProcess:
             continue
-    return total / 2**20
-
-
-def _peak_memory(work: Callable[[], float]) -> float:
-    """The most of `_memory` while something is done."""
-    samples, done = [_memory()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            samples.append(_memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return max(samples)
+    return found
 
 
 # Baselines --------------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from caption_ray.benchmark import measuring
 from caption_ray.config import Config
-from caption_ray.data.pipeline import COLUMNS, ShardFile, open_shards
+from caption_ray.data.dataset import ShardFile, open_shards
 from caption_ray.data.plan import Piece, plan_epoch
 from caption_ray.data.preparation import Preparation
+from caption_ray.data.reading import COLUMNS
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.training import loop
 from caption_ray.training.initial import initial_captioner

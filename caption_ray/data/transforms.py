@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, UnidentifiedImageError
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -285,6 +284,9 @@ def _resize(image: Pixels, height: int, width: int) -> Pixels:
     """
     if image.shape[:2] == (height, width):
         return image
+    # not for processes that only read: it takes 250 MiB of memory, and a second to load
+    import torch
+
     image = np.require(image, requirements=("C", "W"))  # what torch takes without a warning
     # A batch of one, so that torch sees channels-last strides and leaves the channels where they
     # are: to part them takes as long as the resizing. Torch makes the batch, for numpy gives an

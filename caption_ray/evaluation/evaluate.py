@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from caption_ray import cluster, storage
 from caption_ray.config import SearchConfig
-from caption_ray.data.pipeline import DataSet, RawImages, ShardFile
+from caption_ray.data.dataset import DataSet, RawImages, ShardFile
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.shapes import judge
 from caption_ray.data.transforms import ImageError, thumbnail

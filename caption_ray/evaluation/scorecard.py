@@ -18,8 +18,8 @@ from typing import Any
 
 from caption_ray import storage
 from caption_ray.config import Config, SearchConfig, from_dict
+from caption_ray.data.dataset import DataSet
 from caption_ray.data.ingest import READ_THREADS
-from caption_ray.data.pipeline import DataSet
 from caption_ray.data.tokenizer import tokenize
 from caption_ray.evaluation import evaluate, metrics, report
 from caption_ray.evaluation.pointing import Pointing, point

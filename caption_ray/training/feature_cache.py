@@ -27,9 +27,10 @@ from ray.data import ActorPoolStrategy
 from caption_ray import cluster, storage
 from caption_ray.config import Config, DataConfig, EncoderConfig, from_dict, require
 from caption_ray.data import features
-from caption_ray.data.pipeline import DataSet, FeatureFile, Pieces, ShardFile, Unit, open_shards
+from caption_ray.data.dataset import DataSet, FeatureFile, ShardFile, Unit, open_shards
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
+from caption_ray.data.reading import Pieces
 from caption_ray.data.shards import Shard
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.encoder import Encoder, build_encoder, to_tensor

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from caption_ray.config import Config
-from caption_ray.data.pipeline import Batch, DataSet, FeatureFile, TooManyBadImages, batches
+from caption_ray.data.dataset import DataSet, FeatureFile
+from caption_ray.data.pipeline import Batch, TooManyBadImages, batches
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary

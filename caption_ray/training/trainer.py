@@ -24,15 +24,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from caption_ray import cluster, storage
 from caption_ray.config import Config, from_dict, require, to_dict
+from caption_ray.data.dataset import DataSet, open_shards, open_source
 from caption_ray.data.ingest import ensure_shapes
-from caption_ray.data.pipeline import DataSet, open_shards, open_source
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.training import (
     checkpoint,
     console,
     feature_cache,
-    interruption,
     rewards,
+    stopping,
     validation,
 )
 from caption_ray.training.initial import initial_captioner
@@ -105,7 +105,7 @@ def train(config: Config) -> Finished:
     least, most = config.train.min_workers, config.train.num_workers
     cluster.configure_train(elastic=least is not None)
     cluster.hold_data_here()
-    switch = interruption.StopSwitch()
+    switch = stopping.StopSwitch()
     with console.shown() as shown:
         trainer = TorchTrainer(
             work,
@@ -133,7 +133,7 @@ def train(config: Config) -> Finished:
     return Finished(run, checkpoint.find(run, "best"), read_history(run), dataset.uri)
 
 
-def _fit(trainer: TorchTrainer, run: str, switch: interruption.StopSwitch) -> bool:
+def _fit(trainer: TorchTrainer, run: str, switch: stopping.StopSwitch) -> bool:
     """Have Ray start workers, and replace them as often as it may; whether the run is complete.
 
     Otherwise it got further, so that it is worth going on.
@@ -146,7 +146,7 @@ def _fit(trainer: TorchTrainer, run: str, switch: interruption.StopSwitch) -> bo
     before = checkpoint.latest_step(run)
     complete, failed = False, None
     try:
-        complete = interruption.call_until_told_to_stop(trainer.fit, switch).return_value
+        complete = stopping.call_until_told_to_stop(trainer.fit, switch).return_value
     except TrainingFailedError as error:
         failed = error
     if storage.exists(storage.join(run, FAILURE_FILE)):

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from caption_ray import storage
-from caption_ray.data.pipeline import DataSet
+from caption_ray.data.dataset import DataSet
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.transforms import ImageError
 from caption_ray.evaluation import metrics

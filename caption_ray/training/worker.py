@@ -21,7 +21,8 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from caption_ray import cluster, storage
 from caption_ray.config import Config
-from caption_ray.data.pipeline import DataSet, TooManyBadImages
+from caption_ray.data.dataset import DataSet
+from caption_ray.data.pipeline import TooManyBadImages
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner
 from caption_ray.model.encoder import to_tensor
@@ -31,9 +32,10 @@ from caption_ray.training.checkpoint import State
 from caption_ray.training.console import Console
 from caption_ray.training.feed import Fed, Feed
 from caption_ray.training.initial import initial_captioner
-from caption_ray.training.interruption import Interruptions, StopSwitch, Wish
+from caption_ray.training.interruption import Interruptions, Wish
 from caption_ray.training.journal import HISTORY_FILE, Journal
 from caption_ray.training.rewards import RemoteRewards
+from caption_ray.training.stopping import StopSwitch
 
 FAILURE_FILE = "failure.txt"
 

@@ -6,7 +6,7 @@ import pytest
 
 from caption_ray import config
 from caption_ray.benchmark import plain
-from caption_ray.data.pipeline import open_shards
+from caption_ray.data.dataset import open_shards
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,9 +12,11 @@ from ray.data import ExecutionResources
 
 from caption_ray import cluster, config, storage
 from caption_ray.data import transforms
-from caption_ray.data.pipeline import batches, open_shards, open_source
-from caption_ray.data.plan import plan_epoch
+from caption_ray.data.dataset import open_shards, open_source
+from caption_ray.data.pipeline import batches
+from caption_ray.data.plan import Piece, plan_epoch
 from caption_ray.data.preparation import Preparation
+from caption_ray.data.reading import _read_piece
 from caption_ray.data.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -216,3 +219,17 @@ def test_ray_data_does_not_spin_while_the_reader_has_enough(monkeypatch):
     pauses = (steps[-1] - steps[0]) / cluster.DATA_STEP_SECONDS
     assert pauses > 50, "it was over before it could spin"
     assert len(steps) < pauses + 5 * blocks
+
+
+def test_reading_for_near_decoding_loads_no_torch(shards):
+    """Each read task's process would take 250 MiB more, and a second longer to start."""
+    dataset = open_shards(shards)
+    unit, prepare = dataset.splits["val"][0], ray.put(_preparation(dataset))
+
+    @ray.remote(runtime_env={"env_vars": {"A_PROCESS": "of its own"}})
+    def read(prepare):
+        piece = Piece(0, np.arange(unit.rows), 0)
+        rows = sum(len(block) for block in _read_piece(unit, piece, *prepare, False, 4))
+        return rows, sorted({"torch", "pyarrow"} & set(sys.modules))
+
+    assert ray.get(read.remote([prepare])) == (unit.rows, ["pyarrow"])

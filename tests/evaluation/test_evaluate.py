@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from caption_ray import storage
-from caption_ray.data.pipeline import open_shards, open_source
+from caption_ray.data.dataset import open_shards, open_source
 from caption_ray.evaluation import evaluate
 from caption_ray.serving.predictor import Predictor
 from caption_ray.training import checkpoint

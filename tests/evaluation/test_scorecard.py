@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from caption_ray import config, storage
 from caption_ray.config import SearchConfig
-from caption_ray.data.pipeline import open_shards
+from caption_ray.data.dataset import open_shards
 from caption_ray.evaluation import evaluate, metrics, scorecard
 from caption_ray.training import checkpoint
 

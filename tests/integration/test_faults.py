@@ -11,8 +11,8 @@ from fault_proxy import FAULTS, FaultProxy, table
 from safetensors.numpy import load
 
 from caption_ray import backends, config, storage
+from caption_ray.data.dataset import open_source
 from caption_ray.data.ingest import ingest, read_index
-from caption_ray.data.pipeline import open_source
 from caption_ray.data.sources import find_splits, read_picture
 from caption_ray.evaluation.evaluate import caption_split
 from caption_ray.training import checkpoint, trainer

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 from caption_ray import config, storage
 from caption_ray.data import features
-from caption_ray.data.pipeline import FeatureFile, ShardFile, batches, open_shards
+from caption_ray.data.dataset import FeatureFile, ShardFile, open_shards
+from caption_ray.data.pipeline import batches
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from caption_ray import storage
-from caption_ray.data.pipeline import open_shards
+from caption_ray.data.dataset import open_shards
 from caption_ray.evaluation import evaluate, metrics
 from caption_ray.training import checkpoint, validation
 

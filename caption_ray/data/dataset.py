@@ -1,0 +1,159 @@
+"""A data set as units of reading: shards that ingest wrote, raw pictures, features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from caption_ray import storage
+from caption_ray.data import features, shards
+from caption_ray.data.ingest import READ_THREADS, plan_digest, read_index, to_row
+from caption_ray.data.shards import Index, Shard
+from caption_ray.data.sources import Record, find_splits
+from caption_ray.data.tokenizer import tokenize
+
+RAW_IMAGES = 64
+"""Raw pictures that one task reads."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A unit of reading: one Parquet shard below the URI of its data set."""
+
+    uri: str
+    shard: Shard
+
+    @property
+    def rows(self) -> int:
+        return self.shard.rows
+
+    def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """All rows, verified against the index; DamagedError naming the shard if they differ."""
+        rows: list[dict[str, Any]] = self.table(columns).to_pylist()
+        return rows
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """What `read` gives, without a copy of each picture."""
+        try:
+            data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
+        except storage.DamagedError as error:
+            raise storage.DamagedError(
+                f"{error}: not what the index names; ingest again into an empty folder"
+            ) from None
+        return shards.from_bytes(data, columns)
+
+    def captions(self) -> list[list[str]]:
+        """What people wrote of each picture, without reading the pictures."""
+        with storage.open_seekable(self.uri) as file:
+            return shards.read_captions(file)
+
+
+@dataclass(frozen=True)
+class RawImages:
+    """A unit of reading: pictures streamed one by one from where they lie."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.records)
+
+    def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """All rows, always whole; unreadable pictures have an `error` instead of an `image`."""
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            return list(threads.map(lambda record: to_row(record, None), self.records))
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The same as in a shard file."""
+        return pa.Table.from_pylist(self.read(), schema=shards.SCHEMA)
+
+    def captions(self) -> list[list[str]]:
+        """What people wrote of each picture."""
+        return [list(record.picture.captions) for record in self.records]
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """A unit of reading: what a frozen encoder made of the pictures of a shard, row by row."""
+
+    uri: str
+    shard: Shard
+    pictures: ShardFile
+
+    @property
+    def rows(self) -> int:
+        return self.shard.rows
+
+    def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """All rows, always whole, verified, with regions float16 (N, E) as `image`; DamagedError if
+        they are not what was written."""
+        try:
+            data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
+        except storage.DamagedError as error:
+            raise storage.DamagedError(f"{error}: delete it, and it is made again") from None
+        return features.from_bytes(data)
+
+    def captions(self) -> list[list[str]]:
+        """What people wrote of each picture."""
+        return self.pictures.captions()
+
+
+Unit: TypeAlias = ShardFile | RawImages | FeatureFile
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The splits of a data set as units of reading, and the words of its training captions."""
+
+    uri: str
+    splits: Mapping[str, Sequence[Unit]]
+    word_counts: dict[str, int]
+    digest: str
+    """Of which pictures with which captions stand where: what an epoch's ledger refers to."""
+
+    def rows(self, split: str) -> list[int]:
+        """Pictures in each unit of a split; ValueError naming the splits there are."""
+        if split not in self.splits:
+            raise ValueError(f"{self.uri}: no split {split!r}; it has {', '.join(self.splits)}")
+        return [unit.rows for unit in self.splits[split]]
+
+
+def open_shards(uri: str) -> DataSet:
+    """The data set that ingest wrote below `uri`; ValueError if there is none."""
+    uri = storage.resolve(uri)
+    index: Index = read_index(uri)
+    return DataSet(
+        uri,
+        {
+            split: [ShardFile(storage.join(uri, shard.file), shard) for shard in listed]
+            for split, listed in index.splits.items()
+        },
+        index.word_counts,
+        index.plan,
+    )
+
+
+def open_source(uri: str, *, seed: int) -> DataSet:
+    """The pictures of a COCO layout as they lie, without ingest, in a shuffled order."""
+    splits: dict[str, list[Unit]] = {}
+    counts: dict[str, int] = {}
+    order_of: dict[str, list[list[Record]]] = {}
+    for split, content in find_splits(uri).items():
+        order = np.random.default_rng(seed).permutation(len(content.records))
+        records = [content.records[i] for i in order]
+        order_of[split] = [records]
+        splits[split] = [
+            RawImages(tuple(records[start : start + RAW_IMAGES]))
+            for start in range(0, len(records), RAW_IMAGES)
+        ]
+        if split == "train":
+            for record in records:
+                for caption in record.picture.captions:
+                    for word in tokenize(caption):
+                        counts[word] = counts.get(word, 0) + 1
+    return DataSet(storage.resolve(uri), splits, counts, plan_digest(order_of, None))
