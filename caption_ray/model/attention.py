@@ -6,6 +6,8 @@ step may have only the first b images and, of these, the first k sequences.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from caption_ray.model.decoder import Memory
+
+CACHED = 2**19
+"""Elements of (b, k, N, A) that a CPU works on at a time, so that it finds them in its cache. Most
+of what attention costs there is otherwise writing them to memory that is new at each step."""
 
 
 class AdditiveAttention(nn.Module):
@@ -52,7 +58,11 @@ class AttendedOnce:
         self._memory, self._score = memory, score
 
     def scores(self, query: Tensor) -> Tensor:
-        return _scores(query, self._memory.keys, self._score)[0]
+        keys, score = self._memory.keys, self._score
+        if torch.is_grad_enabled():
+            match = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh_()
+            return match @ score[0].to(match.dtype)
+        return _scores(query, keys, score)
 
     def context(self, weights: Tensor) -> Tensor:
         return weights @ self._memory.regions
@@ -112,31 +122,32 @@ class _Whole(torch.autograd.Function):
 
 
 class _ScoresOfStep(torch.autograd.Function):
-    """The tensors (b, k, N, A) are most of what attention costs: there is one in the forward pass
-    and one in the backward pass, where autograd by itself has two and three."""
+    """Nothing (b, k, N, A) is kept, as that would be most of what a pass needs of memory. Computing
+    it again takes no longer than writing and reading it."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, token: Tensor, sums: _Sums) -> Tensor:
-        scores, match = _scores(query, sums.keys[: len(query)], sums.score)
-        ctx.sums, ctx.dtype = sums, query.dtype
-        ctx.save_for_backward(match)
-        return scores
+        ctx.sums = sums
+        ctx.save_for_backward(query)
+        return _scores(query, sums.keys[: len(query)], sums.score)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (match,) = ctx.saved_tensors
+        (query,) = ctx.saved_tensors
         sums: _Sums = ctx.sums
-        gradient = gradient.to(match.dtype)
-        of_score = gradient.reshape(1, -1) @ match.flatten(0, -2)
-        of_sum = torch.ops.aten.tanh_backward(gradient.unsqueeze(-1).expand_as(match), match)
         if sums.of_keys is None or sums.of_score is None:
-            sums.of_keys, sums.of_score = torch.zeros_like(sums.keys), torch.zeros_like(of_score)
-        sums.of_score += of_score
-        for one in of_sum.unbind(dim=1):
-            sums.of_keys[: len(one)] += one
-        of_query = of_sum.sum(dim=2) * sums.score
-        return of_query.to(ctx.dtype), None, None
+            sums.of_keys, sums.of_score = torch.zeros_like(sums.keys), torch.zeros_like(sums.score)
+        of_query = torch.empty_like(query)
+        for some, match in _matches(query, sums.keys[: len(query)]):
+            given = gradient[some].to(match.dtype)
+            sums.of_score += given.reshape(1, -1) @ match.flatten(0, -2)
+            given = given.unsqueeze(-1).expand_as(match)
+            of_sum = torch.ops.aten.tanh_backward.grad_input(given, match, grad_input=match)
+            for one in of_sum.unbind(dim=1):
+                sums.of_keys[some] += one
+            of_query[some] = of_sum.sum(dim=2) * sums.score
+        return of_query, None, None
 
 
 class _ContextOfStep(torch.autograd.Function):
@@ -162,8 +173,25 @@ class _ContextOfStep(torch.autograd.Function):
         return of_weights.to(ctx.dtype), None, None
 
 
-def _scores(query: Tensor, keys: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (b, k, N) of queries (b, k, A) and keys (b, N, A), and the tanh (b, k, N, A) that they
-    come from."""
-    match = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh_()
-    return match @ score[0].to(match.dtype), match
+def _scores(query: Tensor, keys: Tensor, score: Tensor) -> Tensor:
+    """Scores (b, k, N) of queries (b, k, A) and keys (b, N, A), without gradients."""
+    scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=torch.result_type(query, keys))
+    for some, match in _matches(query, keys):
+        torch.matmul(match, score[0].to(match.dtype), out=scores[some])
+    return scores
+
+
+def _matches(query: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """tanh(query + key), (b, k, N, A), of queries (b, k, A) and keys (b, N, A): some images at a
+    time, each in the memory of those before."""
+    images, k, dim = query.shape
+    of_one = (k, keys.shape[1], dim)
+    at_a_time = images
+    if query.device.type == "cpu":
+        at_a_time = max(1, min(images, CACHED // math.prod(of_one)))
+    room = query.new_empty(at_a_time, *of_one, dtype=torch.result_type(query, keys))
+    for first in range(0, images, at_a_time):
+        some = slice(first, min(first + at_a_time, images))
+        match = room[: some.stop - first]
+        torch.add(query[some].unsqueeze(2), keys[some].unsqueeze(1), out=match).tanh_()
+        yield some, match

@@ -11,8 +11,9 @@ import ray
 from ray.data import ExecutionResources
 
 from caption_ray import cluster, config, storage
+from caption_ray.data import shards as shard_format
 from caption_ray.data import transforms
-from caption_ray.data.dataset import open_shards, open_source
+from caption_ray.data.dataset import ShardFile, open_shards, open_source
 from caption_ray.data.pipeline import batches
 from caption_ray.data.plan import Piece, plan_epoch
 from caption_ray.data.preparation import Preparation
@@ -233,3 +234,36 @@ def test_reading_for_near_decoding_loads_no_torch(shards):
         return rows, sorted({"torch", "pyarrow"} & set(sys.modules))
 
     assert ray.get(read.remote([prepare])) == (unit.rows, ["pyarrow"])
+
+
+def test_reading_does_not_run_far_ahead_of_a_slow_trainer(shards, tmp_path):
+    dataset = open_shards(shards)
+    row = dataset.splits["train"][0].read()[0]
+    row["image"] += bytes(4 * 2**20)  # decoders do not mind what follows a picture
+    data = shard_format.to_bytes([row] * 8)
+    units = []
+    for number in range(24):  # 800 MB
+        file = tmp_path / f"{number}.parquet"
+        file.write_bytes(data)
+        shard = shard_format.Shard(file.name, 8, len(data), storage.checksum(data))
+        units.append(ShardFile(str(file), shard))
+    pieces = plan_epoch([unit.rows for unit in units], rank=0, world_size=1, shuffle=(0, 0))
+
+    def in_store():
+        return (
+            ray.cluster_resources()["object_store_memory"]
+            - ray.available_resources()["object_store_memory"]
+        )
+
+    before = in_store()
+    stream = batches(
+        units, pieces, _preparation(dataset), batch_size=8, cpus=2, keep_order=True,
+        decode_threads=2,
+    )  # fmt: skip
+    seen, most = len(next(stream).numbers), 0
+    deadline = time.monotonic() + 6
+    while time.monotonic() < deadline:
+        most = max(most, in_store() - before)
+        time.sleep(0.2)
+    assert most < 400 * 2**20
+    assert seen + sum(len(batch.numbers) for batch in stream) == 8 * 24

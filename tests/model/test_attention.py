@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from caption_ray.model import attention as module
 from caption_ray.model.attention import AdditiveAttention, AttendedOnce, AttendedOverTime
 from caption_ray.model.decoder import Memory
 
@@ -49,13 +51,17 @@ def test_order_of_the_regions_does_not_matter() -> None:
     torch.testing.assert_close(reordered, weights[..., order])
 
 
-def test_over_time_it_has_the_gradients_of_its_steps() -> None:
+@pytest.mark.parametrize("cached", [1, 2 * K * N * A, 2**19])  # one image at a time, two, all
+def test_over_time_it_has_the_gradients_of_its_steps(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CACHED", cached)
     torch.manual_seed(0)
     attention = AdditiveAttention(E, A).double()
-    regions = torch.randn(B, N, E, dtype=torch.double, requires_grad=True)
+    regions = torch.randn(3, N, E, dtype=torch.double, requires_grad=True)
     # the later steps have fewer images and sequences
     queries = [torch.randn(b, k, A, dtype=torch.double, requires_grad=True)
-               for b, k in ((2, 3), (2, 2), (1, 2), (1, 1))]  # fmt: skip
+               for b, k in ((3, 3), (3, 2), (1, 2), (1, 1))]  # fmt: skip
     leaves = [regions, *queries, *attention.parameters()]
     found = []
     for over_time in (False, True):
@@ -69,3 +75,14 @@ def test_over_time_it_has_the_gradients_of_its_steps() -> None:
         found.append([total, *torch.autograd.grad(total, leaves)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("cached", [1, 2 * K * N * A])
+def test_the_cache_s_size_changes_no_score(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    attention = AdditiveAttention(E, A)
+    query, regions = torch.randn(5, K, A), torch.randn(5, N, E)
+    expected = _attended(attention, regions).scores(query)  # with gradients: all at once
+    monkeypatch.setattr(module, "CACHED", cached)
+    with torch.inference_mode():
+        torch.testing.assert_close(_attended(attention, regions).scores(query), expected)
