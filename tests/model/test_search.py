@@ -15,7 +15,15 @@ from torch import Tensor
 from caption_ray.config import DecoderConfig, ModelConfig, SearchConfig, shapes
 from caption_ray.model.captioner import build_captioner
 from caption_ray.model.decoder import END, PAD, START, State, StepFn, StepOutput
-from caption_ray.model.search import Hypotheses, beam_search, begin, generate, greedy, sample
+from caption_ray.model.search import (
+    Hypotheses,
+    _largest,
+    beam_search,
+    begin,
+    generate,
+    greedy,
+    sample,
+)
 
 V = 6  # PAD, START, END and three words
 WORDS = (3, 4, 5)
@@ -651,3 +659,13 @@ def test_steps_after_all_captions_are_over_change_nothing(beam_size: int, decode
     assert torch.equal(found.tokens, F.pad(expected.tokens, (0, rest)))
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     torch.testing.assert_close(found.attention, F.pad(expected.attention, (0, 0, 0, rest)))
+
+
+@pytest.mark.parametrize("words", [100, 599, 600, 601, 699, 5000])
+def test_the_likeliest_of_many_words_are_found_wherever_they_stand(words: int) -> None:
+    generator = torch.Generator().manual_seed(words)
+    order = torch.rand(64, 3, words, generator=generator).argsort(dim=-1)
+    logits = order.float()  # no two alike
+    logits[:, 0, words // 2 :] = -torch.inf
+    for found, expected in zip(_largest(logits, 5), logits.topk(5), strict=True):
+        assert torch.equal(found, expected)
