@@ -19,14 +19,21 @@ from caption_ray.model.decoder import (
     StepOutput,
 )
 from caption_ray.model.fused import AttendedFused
-from caption_ray.model.recurrence import Packing, RecurrentDecoder, placed
+from caption_ray.model.recurrence import (
+    AttendedByStep,
+    OverTime,
+    Packing,
+    RecurrentDecoder,
+    narrowed,
+    placed,
+)
 
 
 class AdaptiveAttentionDecoder(RecurrentDecoder):
     """Spatial attention with a visual sentinel (Lu et al., 1612.01887, sections 2.2 and 2.3).
 
-    The LSTM reads words and the whole picture, and does not wait for what is attended to. So in
-    training it runs over all steps in one call.
+    The LSTM reads words and the whole picture, and does not wait for what is attended to: in
+    training, attention and its maps take all words at once.
     """
 
     OUTPUT = ("output.weight", "output.bias")
@@ -74,21 +81,43 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
 
     def packed(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
         mask = tokens[..., 1:] != PAD  # (B, K, L - 1)
-        longest = max(1, int(mask.sum(dim=-1).max()))
-        memory = self.prepare(regions)
-        words = self.dropout(self.embedding(tokens[..., :longest]))
-        hidden, sentinel = self._hidden(words, memory)
-
-        # Attention, too, could take all steps at once; a step at a time, what it writes down fits
-        # the processor's cache.
         packing = Packing(mask)
-        memory = Memory(memory.regions[packing.images], memory.keys[packing.images])
-        attended = AttendedOverTime(memory, self.score.weight)
-        both = torch.cat([hidden, sentinel], dim=-1)
-        steps = (step.chunk(2, dim=-1) for step in packing.steps(packing.rows(both)))
-        found = [self._attend(hidden, sentinel, attended) for hidden, sentinel in steps]
-        mixed, attention = (packing.words(list(parts)) for parts in zip(*found, strict=True))
-        return DecoderOutput(self.logits(mixed), placed(attention, mask), mask)
+        memory = self.prepare(regions[packing.images])
+        words = self.dropout(self.embedding(packing.rows(tokens)))  # (R, D)
+        hidden, sentinel = self._unrolled(packing, words, memory)  # (R, H)
+        attended = AttendedByStep(packing, AttendedOverTime(memory, self.score.weight))
+        mixed, attention = self._attend(hidden, sentinel, attended)
+        logits = self.logits(mixed[packing.real])
+        return DecoderOutput(logits, placed(attention[packing.real], mask), mask)
+
+    def _unrolled(self, packing: Packing, words: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The LSTM's hidden states and the sentinels, (R, H), of words (R, D).
+
+        By hand, as torch's LSTM takes no part in packing, and keeps its memory to itself. The gate
+        of the sentinel is computed with those of the LSTM.
+        """
+        by_input, by_hidden, *biases = self.lstm.all_weights[0]
+        of_sentinel = self.sentinel_gate.weight.tensor_split([by_input.shape[1]], dim=1)
+        from_word, from_picture = torch.cat([by_input, of_sentinel[0]]).chunk(2, dim=1)
+        from_hidden = torch.cat([by_hidden, of_sentinel[1]])
+        bias = torch.cat([biases[0] + biases[1], self.sentinel_gate.bias])
+        assert memory.summary is not None
+        picture = F.linear(memory.summary, from_picture, bias).unsqueeze(1)  # (B, 1, 5 H)
+        recurrent = OverTime(from_hidden, None)
+        batch, k = packing.sizes[0]
+        hidden = cell = memory.regions.new_zeros(batch, k, self.hidden_dim, dtype=torch.float32)
+        hiddens, sentinels = [], []
+        for word in packing.steps(F.linear(words, from_word)):
+            b, k = word.shape[:2]
+            hidden, cell = narrowed((hidden, cell), b, k)
+            gates = (word + picture[:b] + recurrent(hidden)).float()
+            admit, keep, new, emit, show = gates.chunk(5, dim=-1)
+            cell = keep.sigmoid() * cell + admit.sigmoid() * new.tanh()
+            shown = cell.tanh()
+            hidden = emit.sigmoid() * shown
+            hiddens.append(hidden.flatten(0, 1))
+            sentinels.append((show.sigmoid() * shown).flatten(0, 1))
+        return torch.cat(hiddens), torch.cat(sentinels)
 
     def all_steps(self, words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
         memory = self.prepare(regions)
@@ -133,13 +162,13 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
     def _attend(
         self, hidden: Tensor, sentinel: Tensor, attended: Attended
     ) -> tuple[Tensor, Tensor]:
-        """What the logits are read from, (B, Q, H), and the regions' weights, (B, Q, N), of
-        hidden states and sentinels (B, Q, H)."""
-        query = self.query(hidden)  # (B, Q, A)
-        scores = attended.scores(query)  # (B, Q, N)
-        rest = self.score((query + self.sentinel_key(sentinel)).tanh())  # (B, Q, 1)
+        """What the logits are read from, (..., H), and the regions' weights, (..., N), of hidden
+        states and sentinels (..., H)."""
+        query = self.query(hidden)  # (..., A)
+        scores = attended.scores(query)  # (..., N)
+        rest = self.score((query + self.sentinel_key(sentinel)).tanh())  # (..., 1)
         attention = scores.softmax(dim=-1)
-        trust = torch.cat([scores, rest], dim=-1).softmax(dim=-1)[..., -1:]  # beta, (B, Q, 1)
+        trust = torch.cat([scores, rest], dim=-1).softmax(dim=-1)[..., -1:]  # beta, (..., 1)
         context = attended.context(attention)
         return trust * sentinel + (1 - trust) * context + hidden, attention
 

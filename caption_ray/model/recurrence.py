@@ -7,6 +7,7 @@ captions of all steps, those that are computed although they are over included.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from caption_ray.model.attention import Attended
 from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, State, places_of
 from caption_ray.model.graphs import GRAPHED_STEPS, Graphed
 
@@ -74,6 +76,26 @@ class Packing:
     def words(self, steps: list[Tensor]) -> Tensor:
         """What steps (b, k, ...) found for the real words, (M, ...)."""
         return torch.cat([step.flatten(0, 1) for step in steps])[self.real]
+
+
+class AttendedByStep:
+    """For the rows of a packing, all at once, where what is attended to takes steps: on CPUs what a
+    step writes down fits the cache."""
+
+    def __init__(self, packing: Packing, attended: Attended) -> None:
+        """attended: the packing's images in its order."""
+        self._packing, self._attended = packing, attended
+
+    def scores(self, query: Tensor) -> Tensor:
+        """(R, A) -> (R, N)"""
+        return self._rows(self._attended.scores, query)
+
+    def context(self, weights: Tensor) -> Tensor:
+        """(R, N) -> (R, E)"""
+        return self._rows(self._attended.context, weights)
+
+    def _rows(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        return torch.cat([function(step).flatten(0, 1) for step in self._packing.steps(rows)])
 
 
 class RecurrentDecoder(Decoder):
@@ -150,8 +172,7 @@ class OverTime:
     what came back to them, where autograd would write a matrix for each step, and add.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        weight, bias = linear.weight, linear.bias
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._tape: list[tuple[Tensor, Tensor]] = []
         self._token: Tensor = _Sum.apply(weight, bias, self._tape)
         self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
@@ -160,6 +181,10 @@ class OverTime:
             dtype = torch.get_autocast_dtype(kind)
             self._weight = self._weight.to(dtype)
             self._bias = None if self._bias is None else self._bias.to(dtype)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> OverTime:
+        return cls(linear.weight, linear.bias)
 
     def __call__(self, entering: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

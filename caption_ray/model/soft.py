@@ -114,7 +114,9 @@ class SoftAttentionDecoder(RecurrentDecoder):
         memory = self.prepare(regions[packing.images])
         state = self.initial_state(memory, tokens.shape[1])
         attended = AttendedOverTime(memory, self.attention.score.weight)
-        maps = _Maps(OverTime(self.from_hidden), OverTime(self.from_context), _gated, self._cell)
+        maps = _Maps(
+            OverTime.of(self.from_hidden), OverTime.of(self.from_context), _gated, self._cell
+        )
         found = self._unrolled(packing.steps(self.from_word(words)), state, attended, maps)
         hidden, context, attention = map(packing.words, found)
         logits = self.logits(self._mixed(words[packing.real], hidden, context))  # (M, V)
@@ -124,7 +126,7 @@ class SoftAttentionDecoder(RecurrentDecoder):
         memory = self.prepare(regions)
         state = self.initial_state(memory, words.shape[1])
         attended = AttendedFused(memory, self.attention.score.weight)
-        over_time = OverTime(self.from_hidden), OverTime(self.from_context)
+        over_time = OverTime.of(self.from_hidden), OverTime.of(self.from_context)
         maps = _Maps(*over_time, fused(_gated), fused(self._cell))
         found = self._unrolled(self.from_word(words).unbind(dim=2), state, attended, maps)
         hidden, context, attention = (torch.stack(steps, dim=2) for steps in found)
