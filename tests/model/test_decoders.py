@@ -147,6 +147,20 @@ def test_under_autocast_steps_and_forward_agree(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast_gradients_are_those_of_float32_but_for_rounding(name: str) -> None:
+    decoder, (regions, tokens) = build(name), batch()
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = decoder(regions, tokens)
+        loss = token_loss(output.logits, output.targets(tokens))[0]
+        found = torch.autograd.grad(loss, list(decoder.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in found]))
+    exact, rounded = gradients
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+
+
 # Adaptive -------------------------------------------------------------------------------------
 
 
