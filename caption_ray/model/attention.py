@@ -139,7 +139,7 @@ class _ScoresOfStep(torch.autograd.Function):
         (query,) = ctx.saved_tensors
         sums: _Sums = ctx.sums
         if sums.of_keys is None or sums.of_score is None:
-            dtype = _match_dtype(query, sums.keys)
+            dtype = _working_dtype(sums.keys)
             sums.of_keys = torch.zeros_like(sums.keys, dtype=dtype)
             sums.of_score = torch.zeros_like(sums.score, dtype=dtype)
         of_query = torch.empty_like(query)
@@ -170,16 +170,17 @@ class _ContextOfStep(torch.autograd.Function):
         sums: _Sums = ctx.sums
         images = len(weights)
         if sums.wants_regions:
+            dtype = _working_dtype(sums.regions)
             if sums.of_regions is None:
-                sums.of_regions = torch.zeros_like(sums.regions)
-            sums.of_regions[:images].baddbmm_(weights.transpose(1, 2), gradient)
+                sums.of_regions = torch.zeros_like(sums.regions, dtype=dtype)
+            sums.of_regions[:images].baddbmm_(weights.transpose(1, 2).to(dtype), gradient.to(dtype))
         of_weights = gradient @ sums.regions[:images].transpose(1, 2)
         return of_weights.to(ctx.dtype), None, None
 
 
 def _scores(query: Tensor, keys: Tensor, score: Tensor) -> Tensor:
     """Scores (b, k, N) of queries (b, k, A) and keys (b, N, A), without gradients."""
-    scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=_match_dtype(query, keys))
+    scores = query.new_empty(*query.shape[:2], keys.shape[1], dtype=_working_dtype(keys))
     for some, match in _matches(query, keys):
         torch.matmul(match, score[0].to(match.dtype), out=scores[some])
     return scores
@@ -189,7 +190,7 @@ def _matches(query: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """tanh(query + key), (b, k, N, A), of queries (b, k, A) and keys (b, N, A): some images at a
     time, each in the memory of those before."""
     images, k, dim = query.shape
-    of_one, dtype = (k, keys.shape[1], dim), _match_dtype(query, keys)
+    of_one, dtype = (k, keys.shape[1], dim), _working_dtype(keys)
     at_a_time = images
     if query.device.type == "cpu":
         at_a_time = max(1, min(images, CACHED // math.prod(of_one)))
@@ -201,7 +202,9 @@ def _matches(query: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield some, match
 
 
-def _match_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
-    dtype = torch.result_type(query, keys)
-    # CPUs take four times as long for a tanh in bfloat16, and save no memory by it
-    return torch.promote_types(dtype, torch.float32) if query.device.type == "cpu" else dtype
+def _working_dtype(tensor: Tensor) -> torch.dtype:
+    """That of what is computed from such a tensor: on CPUs never bfloat16, in which tanh takes five
+    times as long there, and baddbmm_ of a few captions many times."""
+    if tensor.device.type != "cpu":
+        return tensor.dtype
+    return torch.promote_types(tensor.dtype, torch.float32)
