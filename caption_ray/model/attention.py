@@ -59,7 +59,7 @@ class AttendedOnce:
 
     def scores(self, query: Tensor) -> Tensor:
         keys, score = self._memory.keys, self._score
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # memory that is used again would spoil gradients
             match = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh_()
             return match @ score[0].to(match.dtype)
         return _scores(query, keys, score)
