@@ -63,15 +63,19 @@ RESIZE_SECONDS = 30.0
 """Between two looks whether more training workers can be had (`train.min_workers`); a change costs
 a start of all workers."""
 
-
 DATA_STEP_SECONDS = 0.02
 """Between two looks of Ray Data at its tasks."""
 
+LOCAL = {"include_dashboard": False}
+"""Of a Ray that is started for one job on one machine. The dashboard takes 0.3 GiB and some percent
+of a core, and would be gone with the job; with `ray start --head` before the job there is one."""
+
 
 def connect() -> None:
-    """Join the cluster that `ray job submit` or RAY_ADDRESS names, else start a local one."""
+    """Join the cluster that `ray job submit` or RAY_ADDRESS names, or that runs on this machine,
+    else start a local one."""
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING, log_to_driver=True)
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **LOCAL)
     configure_data()
 
 

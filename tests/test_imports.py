@@ -24,7 +24,6 @@ RAY = {
     "data/reading.py",
     "training/feature_cache.py",
     "training/rewards.py",
-    "training/stopping.py",
     "training/interruption.py",
     "training/trainer.py",
     "training/validation.py",
@@ -88,7 +87,7 @@ def test_importing_the_package_loads_neither_torch_nor_ray():
     assert _loaded("caption_ray", "torch", "ray", "caption_ray") == {"caption_ray"}
 
 
-@pytest.mark.parametrize("module", ["data.reading", "training.stopping", "training.console"])
+@pytest.mark.parametrize("module", ["data.reading", "training.console"])
 def test_processes_that_compute_nothing_load_no_torch(module):
     """Read tasks and small actors: torch would take each 250 MiB, and a second to start."""
     assert _loaded(f"caption_ray.{module}", "torch", "ray") == {"ray"}

@@ -29,8 +29,8 @@ def on_ray(num_cpus: int) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, else a local one with so many CPUs and processes that are
     no nicer than others: Ray's would be, which others beside them then win by."""
     os.environ.setdefault("RAY_worker_niceness", "0")
-    local = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": num_cpus}
-    ray.init(log_to_driver=False, **local)
+    local = {"address": "local", "num_cpus": num_cpus, **cluster.LOCAL}
+    ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else local))
     cluster.configure_data()
     cluster.hold_data_here()
     try:
@@ -45,6 +45,25 @@ def processes(count: int) -> Iterator[list[ProcessPoolExecutor]]:
     with contextlib.ExitStack() as stack:
         context = multiprocessing.get_context("spawn")
         yield [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(count)]
+
+
+class _Idle:
+    def answer(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def idle_actors(count: int) -> Iterator[None]:
+    """So many processes of Ray that do nothing, which on few cores is not free: each wakes a
+    hundred times a second, and a parallel loop is as slow as the slowest of its threads."""
+    idle = ray.remote(num_cpus=0)(_Idle)
+    actors = [idle.remote() for _ in range(count)]
+    ray.get([actor.answer.remote() for actor in actors])
+    try:
+        yield
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from caption_ray import cluster
 from caption_ray.config import TrainConfig
-from caption_ray.training.stopping import StopSwitch
+from caption_ray.training.console import Console
 
 LOOK_SECONDS = 2.0
 """Between looks for nodes that are about to go or have come; each is a round trip of all workers to
@@ -78,9 +78,9 @@ class Votes:
 class Interruptions:
     """What is to happen between two steps of a run."""
 
-    def __init__(self, switch: StopSwitch, train: TrainConfig) -> None:
+    def __init__(self, console: Console, train: TrainConfig) -> None:
         context = ray.train.get_context()
-        self._switch, self._is_chief = switch, context.get_world_rank() == 0
+        self._console, self._is_chief = console, context.get_world_rank() == 0
         self._votes = Votes()
         seconds = train.checkpoint_seconds
         self._interval = math.inf if seconds is None else seconds
@@ -138,5 +138,5 @@ class Interruptions:
             self._stopping = self._stopping or ray.get(self._answer)
             self._answer = None
         elif self._answer is None and now - self._asked >= ASK_SECONDS:
-            self._answer, self._asked = self._switch.ask(), now
+            self._answer, self._asked = self._console.is_told_to_stop(), now
         return self._stopping

@@ -1,8 +1,5 @@
-"""How whoever stops a job (`ray job stop`, Ctrl-C) is heard: the driver's first signal throws a
-switch, which the workers ask.
-
-The switch is an actor; it loads no torch, which would take it 250 MiB and a second.
-"""
+"""How whoever stops a job (`ray job stop`, Ctrl-C) is heard: on the driver's first signal it tells
+the workers."""
 
 from __future__ import annotations
 
@@ -10,44 +7,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
-
-import ray
-
-from caption_ray import cluster
+from typing import TypeVar
 
 WAIT_SECONDS = 0.2
 
 T = TypeVar("T")
 
 
-class _Flag:
-    def __init__(self) -> None:
-        self.value = False
-
-    def set(self) -> None:
-        self.value = True
-
-    def get(self) -> bool:
-        return self.value
-
-
-class StopSwitch:
-    """By which the driver asks the workers to stop."""
-
-    def __init__(self) -> None:
-        self._flag: Any = ray.remote(**cluster.on_this_node())(_Flag).remote()
-
-    def throw(self) -> None:
-        ray.get(self._flag.set.remote())
-
-    def ask(self) -> ray.ObjectRef:
-        """A future that tells whether it was thrown."""
-        return self._flag.get.remote()
-
-
-def call_until_told_to_stop(function: Callable[[], T], switch: StopSwitch) -> T:
-    """What the function returns; on the first SIGINT or SIGTERM the switch is thrown, and the
+def call_until_told_to_stop(function: Callable[[], T], tell: Callable[[], None]) -> T:
+    """What the function returns; on the first SIGINT or SIGTERM `tell` is called, once, and the
     function has as long as it needs to end. A second signal has its usual effect.
 
     The function runs on another thread: on the main one Ray Train would make SIGINT its own.
@@ -68,7 +36,7 @@ def call_until_told_to_stop(function: Callable[[], T], switch: StopSwitch) -> T:
             thread.join(WAIT_SECONDS)
             if told.is_set():
                 told.clear()
-                switch.throw()
+                tell()
     if errors:
         raise errors[0]
     return results[0]

@@ -105,11 +105,10 @@ def train(config: Config) -> Finished:
     least, most = config.train.min_workers, config.train.num_workers
     cluster.configure_train(elastic=least is not None)
     cluster.hold_data_here()
-    switch = stopping.StopSwitch()
     with console.shown() as shown:
         trainer = TorchTrainer(
             work,
-            train_loop_config={"job": Job(config, run, shared, vocabulary, shown, cider, switch)},
+            train_loop_config={"job": Job(config, run, shared, vocabulary, shown, cider)},
             torch_config=TorchConfig(
                 backend=None if config.train.backend == "auto" else config.train.backend
             ),
@@ -128,12 +127,12 @@ def train(config: Config) -> Finished:
                 worker_runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
             ),
         )
-        while not _fit(trainer, run, switch):
+        while not _fit(trainer, run, shown):
             shown.say("The workers' last lives are used up, but they got further: starting anew")
     return Finished(run, checkpoint.find(run, "best"), read_history(run), dataset.uri)
 
 
-def _fit(trainer: TorchTrainer, run: str, switch: stopping.StopSwitch) -> bool:
+def _fit(trainer: TorchTrainer, run: str, shown: console.Console) -> bool:
     """Have Ray start workers, and replace them as often as it may; whether the run is complete.
 
     Otherwise it got further, so that it is worth going on.
@@ -146,7 +145,7 @@ def _fit(trainer: TorchTrainer, run: str, switch: stopping.StopSwitch) -> bool:
     before = checkpoint.latest_step(run)
     complete, failed = False, None
     try:
-        complete = stopping.call_until_told_to_stop(trainer.fit, switch).return_value
+        complete = stopping.call_until_told_to_stop(trainer.fit, shown.stop).return_value
     except TrainingFailedError as error:
         failed = error
     if storage.exists(storage.join(run, FAILURE_FILE)):

@@ -35,7 +35,6 @@ from caption_ray.training.initial import initial_captioner
 from caption_ray.training.interruption import Interruptions, Wish
 from caption_ray.training.journal import HISTORY_FILE, Journal
 from caption_ray.training.rewards import RemoteRewards
-from caption_ray.training.stopping import StopSwitch
 
 FAILURE_FILE = "failure.txt"
 
@@ -59,7 +58,6 @@ class Job:
     console: Console
     cider: ray.ObjectRef | None
     """What the self-critical stage scores with; None in the other."""
-    switch: StopSwitch
 
 
 def work(loop_config: dict[str, Any]) -> bool:
@@ -133,7 +131,7 @@ class _Worker:
         self.epoch = self.total_steps = self.step_in_epoch = self.pictures = 0
         self.metrics: dict[str, float] = {}
         self.validated: set[str] = set()
-        self.interruptions = Interruptions(job.switch, self.config.train)
+        self.interruptions = Interruptions(job.console, self.config.train)
         self.uploads = threading.Semaphore(UPLOADS)
         self.journal = Journal(self.config, job.run, job.console, self.device)
         self._build_model()

@@ -53,6 +53,8 @@ CLUSTER = {
     "RAY_health_check_failure_threshold": "3",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE),
     "RAY_JOB_STOP_WAIT_TIME_S": "120",
+    # idle processes are not free on the two cores that all hosts share
+    "RAY_prestart_worker_first_driver": "0",
     "PYTHONPATH": str(ROOT),
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "NO_PROXY": "*",
@@ -242,6 +244,7 @@ def test_a_run_outlasts_hosts_and_bucket_and_learns_from_every_picture_once(
         os.environ["NO_PROXY"] = "*"
         bucket.call(fill)
         cpus = {name: ["--num-cpus=3"] for name in ("head", "left", "right")}
+        cpus["head"].append("--include-dashboard=false")
         node = stack.enter_context(_cluster(cpus, s3.environment(), host))
         run = _Run(node["head"], bucket, client, tmp_path / "job.log")
         arguments = (

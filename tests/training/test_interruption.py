@@ -12,43 +12,43 @@ from caption_ray.training.interruption import Votes, Wish
 from caption_ray.training.stopping import call_until_told_to_stop
 
 
-class _Switch:
-    """The driver's end of a StopSwitch, without the actor."""
+def _telling():
+    """An event, and what sets it, which must be called but once."""
+    told = threading.Event()
 
-    def __init__(self):
-        self.thrown = threading.Event()
+    def tell():
+        assert not told.is_set()
+        told.set()
 
-    def throw(self):
-        assert not self.thrown.is_set()
-        self.thrown.set()
+    return told, tell
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_throws_the_switch_and_the_function_ends_by_itself(kind):
-    before, switch = signal.getsignal(kind), _Switch()
+def test_on_the_first_signal_the_workers_are_told_and_the_function_ends_by_itself(kind):
+    before, (told, tell) = signal.getsignal(kind), _telling()
 
     def function():
         os.kill(os.getpid(), kind)
-        assert switch.thrown.wait(10)
+        assert told.wait(10)
         return "saved"
 
-    assert call_until_told_to_stop(function, switch) == "saved"
+    assert call_until_told_to_stop(function, tell) == "saved"
     assert signal.getsignal(kind) is before
 
 
 def test_a_second_ctrl_c_ends_at_once():
     # in a shell's background, processes start with SIGINT ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    switch, ended = _Switch(), threading.Event()
+    (told, tell), ended = _telling(), threading.Event()
 
     def function():
         os.kill(os.getpid(), signal.SIGINT)
-        assert switch.thrown.wait(10)
+        assert told.wait(10)
         os.kill(os.getpid(), signal.SIGINT)
         ended.wait(30)
 
     with pytest.raises(KeyboardInterrupt):
-        call_until_told_to_stop(function, switch)
+        call_until_told_to_stop(function, tell)
     signal.signal(signal.SIGINT, before)
     ended.set()
 
@@ -58,7 +58,7 @@ def test_an_error_of_the_function_is_raised():
         raise RuntimeError("no more workers")
 
     with pytest.raises(RuntimeError, match="no more workers"):
-        call_until_told_to_stop(function, _Switch())
+        call_until_told_to_stop(function, _telling()[1])
 
 
 WISHES = [
