@@ -47,25 +47,6 @@ def processes(count: int) -> Iterator[list[ProcessPoolExecutor]]:
         yield [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(count)]
 
 
-class _Idle:
-    def answer(self) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def idle_actors(count: int) -> Iterator[None]:
-    """So many processes of Ray that do nothing, which on few cores is not free: each wakes a
-    hundred times a second, and a parallel loop is as slow as the slowest of its threads."""
-    idle = ray.remote(num_cpus=0)(_Idle)
-    actors = [idle.remote() for _ in range(count)]
-    ray.get([actor.answer.remote() for actor in actors])
-    try:
-        yield
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
 @contextlib.contextmanager
 def folder(uri: str | None) -> Iterator[str]:
     """A folder below `uri`, which stays, or a temporary one on this machine."""

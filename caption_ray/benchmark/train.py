@@ -11,11 +11,6 @@ from caption_ray.benchmark import measuring, plain, runs
 BESIDE = ("read", "decode", "batch")
 """What other processes do meanwhile."""
 
-IDLE = 6
-"""Processes that Ray Train keeps beside its workers and that do next to nothing (its controller,
-those that watch placement groups, data sets and preemption, one by which workers agree), and the
-one between the workers and the terminal."""
-
 
 @dataclass
 class Train:
@@ -38,8 +33,7 @@ class Train:
 def run(options: Train) -> None:
     rounds, pictures = (2, 1600) if options.quick else (options.rounds, options.pictures)
     cores = options.num_cpus or len(os.sched_getaffinity(0))
-    idle = f"plain loop beside {IDLE} idle actors"
-    rates: dict[str, list[float]] = {"plain loop": [], idle: [], "caption_ray": []}
+    rates: dict[str, list[float]] = {"plain loop": [], "caption_ray": []}
     shares: dict[str, list[float]] = {}
     with runs.folder(options.storage) as folder, runs.on_ray(cores), runs.processes(1) as spawned:
         config, shards = runs.prepared(folder, pictures)
@@ -51,8 +45,6 @@ def run(options: Train) -> None:
 
         for _ in range(rounds):
             rates["plain loop"].append(plainly()[0])
-            with runs.idle_actors(IDLE):
-                rates[idle].append(plainly()[0])
             rate, waited = runs.through_ray(config, cores)
             rates["caption_ray"].append(rate)
             for what, share in waited.items():
