@@ -96,11 +96,16 @@ class Place:
     """File through which they find each other to train one captioner; None: each trains its own."""
 
 
+SHARED_BACKWARD = "backward and all-reduce"
+
+
 @dataclass
 class Laps:
     """Where the time went, in seconds."""
 
     of: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    all_reduced: bool = False
+    """Whether the backward pass that comes shares its gradients with other processes."""
     _last: float = 0.0
 
     def start(self) -> None:
@@ -114,12 +119,27 @@ class Laps:
         self.of[part] += now - self._last
         self._last = now
 
+    def end_backward(self, *_: object) -> None:
+        """What was done since the last call was a backward pass."""
+        self.end(SHARED_BACKWARD if self.all_reduced else "backward")
+
+    def per_picture(self, images: int, all_reduced: int) -> dict[str, float]:
+        """Milliseconds per picture. `all_reduced` of the `images` were of steps with all-reduce;
+        of this counts what it adds to a backward pass, during which most of it is done."""
+        found = {part: 1000 * seconds / images for part, seconds in self.of.items()}
+        if shared := self.of.get(SHARED_BACKWARD):
+            del found[SHARED_BACKWARD]
+            found["backward"] = 1000 * self.of["backward"] / (images - all_reduced)
+            found["all-reduce"] = 1000 * shared / all_reduced - found["backward"]
+        return found
+
 
 def train(
     config: Config, shards: str, place: Place, threads: int, warm_up: int, profiled: bool = False
 ) -> tuple[float, dict[str, float]]:
     """One epoch; pictures per second after the first `warm_up` steps, and if `profiled`
-    milliseconds per picture by what they were spent on."""
+    milliseconds per picture by what they were spent on. With several processes every other step
+    of a profile leaves the all-reduce out, which tells what it costs."""
     device = _device(place)
     if device.type == "cpu":
         torch.set_num_threads(threads)
@@ -157,29 +177,35 @@ def _epoch(
     lap: Callable[..., None] = laps.end if profiled else _nothing
     captioner.register_forward_pre_hook(functools.partial(_lap, lap, "other"))
     captioner.register_forward_hook(functools.partial(_lap, lap, "forward"))
-    optimizer.register_step_pre_hook(functools.partial(_lap, lap, "backward"))
+    optimizer.register_step_pre_hook(laps.end_backward if profiled else _nothing)
     optimizer.register_step_post_hook(functools.partial(_lap, lap, "optimizer"))
-    images, start = 0, 0.0
+    images, all_reduced, start = 0, 0, 0.0
     total = math.ceil(sum(len(piece.rows) for piece in pieces) / train.batch_size)
     batches = iter(Shards(epoch, train.batch_size).loader(1))
     for step in range(total):  # never to the loader's end, whose processes it waits for
         batch = next(batches)
         if step == warm_up:
             measuring.synchronize()
-            images, start = 0, time.perf_counter()
+            images, all_reduced, start = 0, 0, time.perf_counter()
             laps.start()
         lap("wait")
         factor = loop.learning_rate_factor(step, train, total)
         loop.set_learning_rate(optimizer, factor)
         example = loop.to_example(batch[0].numpy(), batch[1].numpy(), size, device)
         lap("transfer")
-        loop.train_step(model, example, optimizer, train, autocast)
+        with contextlib.ExitStack() as stack:
+            if isinstance(model, DistributedDataParallel):
+                laps.all_reduced = not profiled or step % 2 == 0
+                if not laps.all_reduced:
+                    stack.enter_context(model.no_sync())
+            loop.train_step(model, example, optimizer, train, autocast)
         images += len(batch[0])
+        all_reduced += len(batch[0]) * laps.all_reduced
         lap("other")
     measuring.synchronize()
     rate = images / (time.perf_counter() - start)
-    parts = {part: 1000 * seconds / images for part, seconds in laps.of.items()}
-    return rate, {**beside_training(epoch), **parts} if profiled else {}
+    parts = {**beside_training(epoch), **laps.per_picture(images, all_reduced)} if profiled else {}
+    return rate, parts
 
 
 def beside_training(epoch: Epoch) -> dict[str, float]:

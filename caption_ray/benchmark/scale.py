@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from caption_ray.benchmark import measuring, plain, runs
+from caption_ray.benchmark import measuring, plain, runs, train
 from caption_ray.config import Config
 
 
@@ -55,7 +55,7 @@ def run(options: Scale) -> None:
             rendezvous = str(Path(local, f"rendezvous-{number}")) if together else None
             own = replace(config, data=replace(config.data, max_images=count * pictures))
             places = [plain.Place(rank, count, rendezvous) for rank in range(count)]
-            return _sum(spawned, own, shards, places, threads)
+            return _sum(_all(spawned, own, shards, places, threads))
 
         for number in range(rounds):
             for name, count, together in zip(
@@ -70,23 +70,39 @@ def run(options: Scale) -> None:
                     train=replace(config.train, num_workers=count, threads=threads),
                 )
                 rates[name].append(runs.through_ray(own, cores)[0])
+        parts: dict[str, float] = {}
+        if here:
+            rendezvous = str(Path(local, "rendezvous-profile"))
+            places = [plain.Place(rank, several, rendezvous) for rank in range(several)]
+            parts = _all(spawned, config, shards, places, threads, profiled=True)[0][1]
     title = f"scale: shapes, {config.train.batch_size} pictures a step and worker" + (
         "" if gpus else f", {threads} thread(s) each, {cores} cores"
     )
     found = measuring.report("scale", title, "images", rates, "caption_ray, 1 worker")
-    measuring.record({**found, "workers": several})
+    if parts:
+        parts = {name: ms for name, ms in parts.items() if name not in train.BESIDE}
+        told = ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items())
+        print(f"plain DDP, ms per picture of one process (other: waiting for each other): {told}")
+    whole = {name: round(ms, 3) for name, ms in parts.items()}
+    measuring.record({**found, "workers": several, "ddp_ms_per_image": whole})
 
 
-def _sum(
+def _all(
     spawned: list[ProcessPoolExecutor],
     config: Config,
     shards: str,
     places: list[plain.Place],
     threads: int,
-) -> float:
-    """Pictures per second of all processes together."""
+    profiled: bool = False,
+) -> list[tuple[float, dict[str, float]]]:
+    """What `plain.train` gives in each process."""
     running = [
-        process.submit(plain.train, config, shards, place, threads, runs.WARM_UP)
+        process.submit(plain.train, config, shards, place, threads, runs.WARM_UP, profiled)
         for process, place in zip(spawned, places, strict=False)
     ]
-    return sum(future.result()[0] for future in running)
+    return [future.result() for future in running]
+
+
+def _sum(found: list[tuple[float, dict[str, float]]]) -> float:
+    """Pictures per second of all processes together."""
+    return sum(rate for rate, _ in found)

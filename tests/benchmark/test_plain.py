@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from caption_ray import config
-from caption_ray.benchmark import plain
+from caption_ray.benchmark import plain, runs
 from caption_ray.data.dataset import open_shards
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
@@ -52,3 +52,26 @@ def test_the_parts_of_a_step_are_the_whole_of_it(shards):
     assert set(during) == {"wait", "transfer", "forward", "backward", "optimizer", "other"}
     assert sum(during.values()) == pytest.approx(1000 / rate, rel=0.02)
     assert all(parts[part] > 0 for part in ("read", "decode", "batch"))
+
+
+def test_all_reduce_is_what_it_adds_to_a_backward_pass():
+    laps = plain.Laps()
+    laps.of.update({"forward": 3.0, "backward": 2.0, plain.SHARED_BACKWARD: 9.0})
+    assert laps.per_picture(images=1000, all_reduced=600) == {
+        "forward": 3.0, "backward": 5.0, "all-reduce": 10.0
+    }  # fmt: skip
+
+
+def test_processes_that_train_together_tell_what_their_all_reduce_took(shards, tmp_path):
+    rendezvous = str(tmp_path / "rendezvous")
+    with runs.processes(2) as processes:
+        running = [
+            process.submit(
+                plain.train, _tiny(4), shards, plain.Place(rank, 2, rendezvous), 1, 1, True
+            )
+            for rank, process in enumerate(processes)
+        ]
+        for future in running:
+            rate, parts = future.result(120)
+            assert rate > 0 and parts["backward"] > 0
+            assert {"wait", "transfer", "forward", "optimizer", "other", "all-reduce"} < set(parts)
