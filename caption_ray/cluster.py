@@ -66,16 +66,12 @@ a start of all workers."""
 DATA_STEP_SECONDS = 0.02
 """Between two looks of Ray Data at its tasks."""
 
-LOCAL = {"include_dashboard": False}
-"""Of a Ray that is started for one job on one machine. The dashboard takes 0.3 GiB and some percent
-of a core, and would be gone with the job; with `ray start --head` before the job there is one."""
-
 
 def connect() -> None:
     """Join the cluster that `ray job submit` or RAY_ADDRESS names, or that runs on this machine,
     else start a local one."""
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, **LOCAL)
+        ray.init(logging_level=logging.WARNING, log_to_driver=True)
     configure_data()
 
 

@@ -18,7 +18,6 @@ import ray
 from matplotlib import pyplot
 from numpy.typing import NDArray
 
-from caption_ray import cluster
 from caption_ray.benchmark import measuring
 
 SAMPLE_SECONDS = 5.0
@@ -48,7 +47,7 @@ class Memory:
 def run(options: Memory) -> None:
     minutes = 1.0 if options.quick else options.minutes
     with tempfile.TemporaryDirectory() as folder:
-        ray.init(address="local", num_cpus=options.num_cpus, log_to_driver=False, **cluster.LOCAL)
+        ray.init(address="local", num_cpus=options.num_cpus, log_to_driver=False)
         address = ray.get_runtime_context().gcs_address
         job = Path(__file__).parents[2] / "jobs" / "train.py"
         command = [sys.executable, str(job), *options.arguments.split(), "--run.storage", folder,

@@ -29,8 +29,8 @@ def on_ray(num_cpus: int) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, else a local one with so many CPUs and processes that are
     no nicer than others: Ray's would be, which others beside them then win by."""
     os.environ.setdefault("RAY_worker_niceness", "0")
-    local = {"address": "local", "num_cpus": num_cpus, **cluster.LOCAL}
-    ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else local))
+    local = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": num_cpus}
+    ray.init(log_to_driver=False, **local)
     cluster.configure_data()
     cluster.hold_data_here()
     try:

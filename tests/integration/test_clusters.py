@@ -244,7 +244,6 @@ def test_a_run_outlasts_hosts_and_bucket_and_learns_from_every_picture_once(
         os.environ["NO_PROXY"] = "*"
         bucket.call(fill)
         cpus = {name: ["--num-cpus=3"] for name in ("head", "left", "right")}
-        cpus["head"].append("--include-dashboard=false")
         node = stack.enter_context(_cluster(cpus, s3.environment(), host))
         run = _Run(node["head"], bucket, client, tmp_path / "job.log")
         arguments = (
