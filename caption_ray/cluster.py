@@ -71,6 +71,8 @@ def connect() -> None:
     """Join the cluster that `ray job submit` or RAY_ADDRESS names, or that runs on this machine,
     else start a local one."""
     if not ray.is_initialized():
+        # with its dashboard: Ray Train asks it about its controller, twice a second, and complains
+        # on the console each time that it gets no answer
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
     configure_data()
 

@@ -47,8 +47,6 @@ def _job(name, *arguments):
         timeout=500,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    # Ray Train's cleaner asks the dashboard, and without one complains twice a second
-    assert "PlacementGroupCleaner" not in result.stdout + result.stderr
     return result.stdout
 
 
