@@ -60,6 +60,18 @@ CLUSTER = {
     "NO_PROXY": "*",
     "no_proxy": "*",
 }
+ALL_JOINED = """
+import ray, sys, time
+
+while not ray.is_initialized():
+    try:
+        ray.init(log_to_driver=False)
+    except ConnectionError:  # the head is not up yet
+        time.sleep(0.5)
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
+    time.sleep(0.5)
+"""
+"""Waits for so many nodes: argv[1]."""
 
 METADATA_ADDRESS = "169.254.169.254"
 METADATA = f"""
@@ -114,6 +126,14 @@ def _cluster(
             started[name] = hosts.RayHost(stack[name], environment, head, *options)
             head = started[name].head
             started[name].start()
+        # a run that starts with fewer of them starts once more when the others come
+        first = next(iter(started.values()))
+        subprocess.run(
+            first.host.command(sys.executable, "-c", ALL_JOINED, str(len(started))),
+            env=first.environment,
+            check=True,
+            timeout=PATIENCE,
+        )
         yield started
     finally:
         for node in started.values():

@@ -131,11 +131,24 @@ def test_a_run_whose_worker_was_killed_thrice_ends_as_if_nothing_had_happened(
     assert steps == [8, 16, 24]
 
 
-def test_two_workers_of_which_one_is_killed_thrice_learn_from_every_picture_once(shards, tmp_path):
+def _without_dropout(settings):
+    """Its draws differ between one worker and two."""
+    decoder = dataclasses.replace(settings.model.decoder, dropout=0.0)
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, decoder=decoder))
+
+
+@pytest.fixture(scope="module")
+def two_workers(shards, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    return trainer.train(_without_dropout(_config(shards, runs, "two", num_workers=2)))
+
+
+def test_two_workers_of_which_one_is_killed_thrice_learn_from_every_picture_once(
+    two_workers, shards, tmp_path
+):
     settings = {"num_workers": 2, "checkpoint_every": 1, "keep_checkpoints": 100}
-    quiet = trainer.train(_config(shards, tmp_path, "quiet", **settings))
     killed, watcher = _kill_a_worker_at((1, 5, 10), tmp_path / "killed" / "latest.json")
-    finished = trainer.train(_config(shards, tmp_path, "killed", **settings))
+    finished = trainer.train(_without_dropout(_config(shards, tmp_path, "killed", **settings)))
     watcher.join(timeout=10)
     assert len(killed) == 3
     for folder in sorted((tmp_path / "killed").glob(f"{checkpoint.PREFIX}*/")):
@@ -146,7 +159,7 @@ def test_two_workers_of_which_one_is_killed_thrice_learn_from_every_picture_once
     # the order in which they are learnt from differs after a restart, hence the tolerance
     losses = [
         [point["val/loss"] for point in run.history if "val/loss" in point]
-        for run in (quiet, finished)
+        for run in (two_workers, finished)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.03)
 
@@ -186,17 +199,12 @@ def test_a_run_is_not_resumed_on_a_data_set_that_changed_under_its_uri(
         trainer.train(settings)
 
 
-def test_two_workers_learn_like_one_with_twice_the_batch(shards, tmp_path):
-    # no dropout: its draws differ between one worker and two
-    losses = []
-    for name, workers, batch in (("one", 1, 10), ("two", 2, 5)):
-        settings = _config(shards, tmp_path, name, num_workers=workers, batch_size=batch, epochs=2)
-        decoder = dataclasses.replace(settings.model.decoder, dropout=0.0)
-        settings = dataclasses.replace(
-            settings, model=dataclasses.replace(settings.model, decoder=decoder)
-        )
-        finished = trainer.train(settings)
-        losses.append([p["val/loss"] for p in finished.history if "val/loss" in p])
+def test_two_workers_learn_like_one_with_twice_the_batch(two_workers, shards, tmp_path):
+    one = trainer.train(_without_dropout(_config(shards, tmp_path, "one", batch_size=10)))
+    losses = [
+        [point["val/loss"] for point in run.history if "val/loss" in point]
+        for run in (one, two_workers)
+    ]
     # the two see the same pictures in an epoch, but not in the same steps
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
 
