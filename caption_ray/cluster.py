@@ -71,14 +71,22 @@ def connect() -> None:
     """Join the cluster that `ray job submit` or RAY_ADDRESS names, or that runs on this machine,
     else start a local one."""
     if not ray.is_initialized():
-        # with its dashboard: Ray Train asks it about its controller, twice a second, and complains
-        # on the console each time that it gets no answer
+        # with its dashboard: Ray Train's cleaner of placement groups asks it twice a second, and
+        # complains on the console each time that it gets no answer
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
+        if "://" not in os.environ.get("RAY_ADDRESS", ""):
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     configure_data()
 
 
 def configure_train(elastic: bool) -> None:
     """Ray Train's settings for this process, the driver."""
+    # not for those who do not train: ray.train takes a while to load
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    # Its cleaner of placement groups otherwise looks for a Ray on its machine, and gives up where
+    # there are two: that of a run, and that of the `serve run` which follows it.
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     for name, value in {**TRAIN_ENVIRONMENT, **(ELASTIC_ENVIRONMENT if elastic else {})}.items():
         os.environ.setdefault(name, value)
 

@@ -47,6 +47,8 @@ def _job(name, *arguments):
         timeout=500,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    # Ray Train's cleaner, which asks the dashboard of the right Ray: else it would complain
+    assert "PlacementGroupCleaner" not in result.stdout + result.stderr
     return result.stdout
 
 
