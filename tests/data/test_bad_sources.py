@@ -222,6 +222,12 @@ def test_a_zip_whose_entries_reach_beyond_its_end_is_named(zipped, tmp_path, fie
         _outcome(zipped)
 
 
+def test_a_zip_of_an_unknown_version_is_named(zipped, tmp_path):
+    _patch_directory(tmp_path / "train.zip", "train/1.jpg", 6, 99)
+    with pytest.raises(ValueError, match=r"train\.zip: a broken zip \(zip file version 9\.9\)"):
+        _outcome(zipped)
+
+
 def test_a_truncated_zip_is_named(zipped, tmp_path):
     data = (tmp_path / "train.zip").read_bytes()
     for keep in (0, 10, len(data) // 2, len(data) - 1):
