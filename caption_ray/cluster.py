@@ -74,6 +74,7 @@ def connect() -> None:
         # with its dashboard: Ray Train's cleaner of placement groups asks it twice a second, and
         # complains on the console each time that it gets no answer
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
+        # of a Ray that was started here, nobody else could tell the address (see configure_train)
         if "://" not in os.environ.get("RAY_ADDRESS", ""):
             os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     configure_data()

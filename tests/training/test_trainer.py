@@ -59,6 +59,11 @@ def _latest(finished):
     return checkpoint.find(finished.run, "latest")
 
 
+def _losses(finished):
+    """Of each validation."""
+    return [point["val/loss"] for point in finished.history if "val/loss" in point]
+
+
 def _workers():
     """The training workers of this process's Ray."""
     for process in psutil.Process().children(recursive=True):
@@ -111,7 +116,7 @@ def test_a_run_leaves_checkpoints_pointers_history_and_configuration(undisturbed
     for metric in ("loss", "loss_padded", "learning_rate", "grad_norm", "images_per_second",
                    "data_wait_share"):  # fmt: skip
         assert any(f"train/{metric}" in point for point in undisturbed.history)
-    losses = [point["val/loss"] for point in undisturbed.history if "val/loss" in point]
+    losses = _losses(undisturbed)
     assert len(losses) == 3 and losses[-1] < losses[0]
 
 
@@ -157,11 +162,7 @@ def test_two_workers_of_which_one_is_killed_thrice_learn_from_every_picture_once
         assert state["pictures"] == state["epoch"] * 40 + seen
     assert (state["epoch"], state["pictures"]) == (3, 120)
     # the order in which they are learnt from differs after a restart, hence the tolerance
-    losses = [
-        [point["val/loss"] for point in run.history if "val/loss" in point]
-        for run in (two_workers, finished)
-    ]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=0.03)
+    np.testing.assert_allclose(_losses(two_workers), _losses(finished), rtol=0.03)
 
 
 def test_a_run_is_not_resumed_with_another_model(undisturbed, shards):
@@ -201,12 +202,8 @@ def test_a_run_is_not_resumed_on_a_data_set_that_changed_under_its_uri(
 
 def test_two_workers_learn_like_one_with_twice_the_batch(two_workers, shards, tmp_path):
     one = trainer.train(_without_dropout(_config(shards, tmp_path, "one", batch_size=10)))
-    losses = [
-        [point["val/loss"] for point in run.history if "val/loss" in point]
-        for run in (one, two_workers)
-    ]
     # the two see the same pictures in an epoch, but not in the same steps
-    np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
+    np.testing.assert_allclose(_losses(one), _losses(two_workers), rtol=0.02)
 
 
 def test_an_averaged_run_that_stopped_goes_on_as_if_it_had_not(shards, tmp_path):
