@@ -15,7 +15,9 @@
       validation/                   what validation found (see validation.py)
 
 A folder without a manifest is a checkpoint that never finished; no pointer ever names one, and the
-next commit removes it.
+next commit removes it. It also removes what lies beyond the checkpoint that the run went on from:
+one whose commit was killed before latest.json named it is whole, but of a past that this run has
+not had.
 """
 
 from __future__ import annotations
@@ -154,21 +156,23 @@ def commit(
     state: State,
     *,
     keep: int,
+    after: float = math.inf,
     is_best: bool = False,
     to_validate: bool = False,
 ) -> str:
     """Upload a saved checkpoint below the run's URI and let latest.json name it; best.json as well
-    if it `is_best` or there is no best yet.
+    if it `is_best` or there is no best yet. `after`: step of the checkpoint that it follows, which
+    the run saved before or went on from; by default it follows all that are there.
 
     The manifest goes last; the pointers follow once all is there that it names. Only then are
-    checkpoints removed that are neither the best nor among the newest `keep` nor yet to be
-    validated. Killed at any point, it leaves the pointers on whole checkpoints, and the next commit
-    cleans up. Returns the checkpoint's URI.
+    checkpoints removed that lie beyond `after`, or are neither the best nor among the newest `keep`
+    nor yet to be validated. Killed at any point, it leaves the pointers on whole checkpoints, and
+    the next commit cleans up. Returns the checkpoint's URI.
     """
     _remove_unfinished(run)
     name = _free_name(run, state.step)
     uri = storage.join(run, name)
-    storage.delete(storage.join(uri, MANIFEST))
+    _remove(uri)
     if to_validate:
         storage.write_bytes(storage.join(uri, TO_VALIDATE), b"")
     for file in sorted(folder.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
@@ -179,7 +183,7 @@ def commit(
     # on from it and never call it the best
     for which in reversed(POINTERS) if is_best else POINTERS[:1]:
         _point(run, which, name, state.step, state.epoch, state.metrics)
-    _prune(run, keep)
+    _prune(run, name, after, keep)
     return uri
 
 
@@ -276,14 +280,24 @@ def _remove_unfinished(run: str) -> None:
         storage.delete_partial(storage.join(run, f"{which}.json"))
 
 
-def _prune(run: str, keep: int) -> None:
-    named = _named(run)
+def _prune(run: str, newest: str, after: float, keep: int) -> None:
+    """Remove whole checkpoints that no pointer names: those beyond `after`, which the `newest`
+    follows, and of its past all but the newest `keep` and those that wait for validation."""
     whole = [name for name, is_whole in _checkpoints(run).items() if is_whole]
-    for name in whole[:-keep]:
-        if name not in named and not storage.exists(storage.join(run, name, TO_VALIDATE)):
-            # the manifest first: what is left of a half-deleted checkpoint is then none
-            storage.delete(storage.join(run, name, MANIFEST))
-            storage.delete(storage.join(run, name))
+    past = [name for name in whole if name == newest or step_of(name) <= after]
+    kept = _named(run) | set(past[-keep:])
+    for name in whole:
+        uri = storage.join(run, name)
+        if name not in kept and not (
+            name in past and storage.exists(storage.join(uri, TO_VALIDATE))
+        ):
+            _remove(uri)
+
+
+def _remove(uri: str) -> None:
+    """The manifest first: what is left of a half-deleted checkpoint is then none."""
+    storage.delete(storage.join(uri, MANIFEST))
+    storage.delete(uri)
 
 
 # Reading --------------------------------------------------------------------------------------

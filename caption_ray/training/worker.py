@@ -129,6 +129,8 @@ class _Worker:
         )
         self.steps_per_epoch = self.feed.num_steps()
         self.epoch = self.total_steps = self.step_in_epoch = self.pictures = 0
+        self.saved_step = 0
+        """That of the newest checkpoint, or of the one that this run went on from."""
         self.metrics: dict[str, float] = {}
         self.validated: set[str] = set()
         self.interruptions = Interruptions(job.console, self.config.train)
@@ -191,9 +193,13 @@ class _Worker:
 
     def resume(self) -> None:
         """Go on from the run's latest checkpoint if there is one."""
-        tracker_id = uri = None
-        if storage.exists(storage.join(self.job.run, "latest.json")):
-            uri = checkpoint.find(self.job.run)
+        tracker_id = None
+        begun = self.is_chief and storage.exists(storage.join(self.job.run, "latest.json"))
+        # all from the one that the chief finds: an upload from a host that was cut off may still
+        # move the pointer
+        found = loop.gathered([checkpoint.find(self.job.run)] if begun else [])
+        uri = found[0] if found else None
+        if uri is not None:
             resumed = checkpoint.load_for_resume(uri, self.captioner, self.device)
             state, extra, self.feed.ledger = resumed
             self.optimizer.load_state_dict(extra["optimizer"])
@@ -202,6 +208,7 @@ class _Worker:
                 self.average.load_state_dict(loop.as_average(self.captioner, extra["updates"]))
                 self.captioner.load_state_dict(extra["weights"])
             self.epoch, self.total_steps = state.epoch, state.step
+            self.saved_step = state.step
             self.step_in_epoch = state.epoch_step
             self.metrics, tracker_id = dict(state.metrics), state.tracker_id
             # a sum over all ranks
@@ -365,9 +372,10 @@ class _Worker:
             saved = Checkpoint.from_directory(folder)
         name = checkpoint.folder_name(self.total_steps)
         upload = _Upload(
-            self.job.run, state, self.config.train.keep_checkpoints, to_validate,
+            self.job.run, state, self.config.train.keep_checkpoints, self.saved_step, to_validate,
             self.journal.to_json(), self.uploads,
         )  # fmt: skip
+        self.saved_step = self.total_steps
         ray.train.report(
             {**self.metrics, "step": self.total_steps, "epoch": self.epoch},
             checkpoint=saved,
@@ -397,6 +405,7 @@ class _Upload:
     run: str
     state: State
     keep: int
+    after: int
     to_validate: bool
     history: bytes
     slot: threading.Semaphore
@@ -405,8 +414,9 @@ class _Upload:
         try:
             storage.write_bytes(storage.join(self.run, HISTORY_FILE), self.history)
             uri = checkpoint.commit(
-                Path(saved.path), self.run, self.state, keep=self.keep, to_validate=self.to_validate
-            )
+                Path(saved.path), self.run, self.state,
+                keep=self.keep, after=self.after, to_validate=self.to_validate,
+            )  # fmt: skip
         finally:
             self.slot.release()
         return Checkpoint(uri)

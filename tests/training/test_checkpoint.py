@@ -25,7 +25,7 @@ def _config(**decoder):
     )
 
 
-def _commit(tmp_path, run, step, *, keep=2, is_best=False, model=None, to_validate=False):
+def _commit(tmp_path, run, step, *, model=None, keep=2, **options):
     model = model or _config()
     torch.manual_seed(step)
     captioner = build_captioner(model, len(VOCABULARY), None, pretrained=True)
@@ -42,9 +42,7 @@ def _commit(tmp_path, run, step, *, keep=2, is_best=False, model=None, to_valida
         optimizer.state_dict(),
         np.array([True, False, True]),
     )
-    uri = checkpoint.commit(
-        folder, str(run), state, keep=keep, is_best=is_best, to_validate=to_validate
-    )
+    uri = checkpoint.commit(folder, str(run), state, keep=keep, **options)
     return captioner, uri
 
 
@@ -293,6 +291,34 @@ def test_the_pointers_stay_where_they_are_if_the_upload_is_not_whole(tmp_path, m
     with pytest.raises(storage.StorageError, match=r"model\.safetensors: \d+ bytes after"):
         _commit(tmp_path, run, 2)
     assert checkpoint.find(str(run)) == good
+
+
+def test_a_checkpoint_that_was_never_named_is_forgotten_once_the_run_goes_on(tmp_path, monkeypatch):
+    """A commit killed between the manifest and latest.json leaves it: whole, yet nobody's past."""
+    run = tmp_path / "run"
+    names = [checkpoint.folder_name(step) for step in range(6)]
+    for step in (1, 2):
+        _commit(tmp_path, run, step, is_best=step == 1)
+    real = storage.write_bytes
+
+    def fail(uri, data):
+        if uri.endswith("latest.json"):
+            raise storage.StorageError("cut off")
+        real(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    for step in (3, 4):
+        with pytest.raises(storage.StorageError):
+            _commit(tmp_path, run, step, after=2, to_validate=True)
+    monkeypatch.undo()
+    assert checkpoint.find(str(run)).endswith(names[2])
+    assert storage.list_folders(str(run)) == names[1:5]
+    checkpoint.load(str(run / names[4]))
+    _, uri = _commit(tmp_path, run, 3, after=2)  # with more workers, in another order
+    assert storage.list_folders(str(run)) == names[1:4]
+    assert not storage.exists(storage.join(uri, checkpoint.TO_VALIDATE)), "of the first of step 3"
+    _commit(tmp_path, run, 5, after=3)
+    assert storage.list_folders(str(run)) == [names[1], names[3], names[5]]
 
 
 def test_unfinished_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
