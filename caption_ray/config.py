@@ -324,8 +324,8 @@ class TrainConfig(_Strict):
     weights: after each step, this share of it is kept. 0.999, say."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast type; auto: bfloat16 on GPUs that have it, float32 elsewhere. On CPUs with AMX
-    bfloat16 is faster, `coco` most."""
+    """Autocast type; auto: bfloat16 on GPUs that have it and on CPUs with AMX, elsewhere float32
+    (on CPUs that have bfloat16 but no AMX it is slower)."""
 
     compile: bool = True
     """On GPUs, run the decoder's recurrence with kernels compiled for it, launched as CUDA graphs;

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ class Cache:
     """Pictures with features on disk, 262 kB each; an epoch's time is extrapolated from them."""
     rounds: int = 5
     """How often everything is measured."""
-    bfloat16: bool = False
-    """Under autocast; False: float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """As --train.precision."""
     quick: bool = False
     """Two rounds of 500 pictures."""
 
@@ -53,7 +54,7 @@ class Cache:
 def run(options: Cache) -> None:
     rounds, pictures = (2, 500) if options.quick else (options.rounds, options.pictures)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if options.bfloat16 else None
+    dtype = loop.autocast_dtype(options.precision, device)
     cores = len(os.sched_getaffinity(0))
     preset = config.seed()
     vocabulary = Vocabulary([f"word{number}" for number in range(4996)])

@@ -75,8 +75,10 @@ class AttendedOverTime:
     def __init__(self, memory: Memory, score: Tensor) -> None:
         regions, keys = memory.regions, memory.keys
         kind = keys.device.type
-        if torch.is_autocast_enabled(kind):  # once, not at each step
+        # casts once, not at each step
+        if torch.is_autocast_enabled(kind):
             regions = regions.to(torch.get_autocast_dtype(kind))
+        keys = keys.to(_working_dtype(keys))
         self._sums = _Sums(regions.detach(), keys.detach(), score.detach().to(keys.dtype))
         self._token: Tensor = _Whole.apply(regions, keys, score, self._sums)
 
@@ -116,7 +118,7 @@ class _Whole(torch.autograd.Function):
         sums = ctx.sums
         of_keys = None
         if sums.of_keys is not None:
-            of_keys = sums.of_keys.mul_(sums.score).to(sums.keys.dtype)
+            of_keys = sums.of_keys.mul_(sums.score)
         of_score = None if sums.of_score is None else sums.of_score.to(ctx.dtype)
         of_regions = sums.of_regions
         sums.of_regions = sums.of_keys = sums.of_score = None
@@ -139,9 +141,8 @@ class _ScoresOfStep(torch.autograd.Function):
         (query,) = ctx.saved_tensors
         sums: _Sums = ctx.sums
         if sums.of_keys is None or sums.of_score is None:
-            dtype = _working_dtype(sums.keys)
-            sums.of_keys = torch.zeros_like(sums.keys, dtype=dtype)
-            sums.of_score = torch.zeros_like(sums.score, dtype=dtype)
+            sums.of_keys = torch.zeros_like(sums.keys)
+            sums.of_score = torch.zeros_like(sums.score)
         of_query = torch.empty_like(query)
         for some, match in _matches(query, sums.keys[: len(query)]):
             given = gradient[some].to(match.dtype)

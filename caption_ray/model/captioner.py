@@ -50,7 +50,9 @@ class Captioner(nn.Module):
         """Regions (B, N, E) of images, uint8 (B, 3, S, S). What the encoder made of them before,
         float (B, N, E), stays what it is, for an encoder that does not train."""
         if images.is_floating_point():
-            return images.float()
+            kind = images.device.type
+            is_mixed = torch.is_autocast_enabled(kind)  # the decoder casts them anyway
+            return images.to(torch.get_autocast_dtype(kind) if is_mixed else torch.float32)
         regions: Tensor = self.encoder(images)
         return regions
 

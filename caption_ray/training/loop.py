@@ -209,9 +209,16 @@ def as_average(captioner: nn.Module, updates: int) -> dict[str, Tensor]:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The type that `train.precision` means on this device; None: float32 throughout."""
     if precision == "auto":
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if on_gpu else "float32"
+        precision = "bfloat16" if _has_bfloat16_units(device) else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def _has_bfloat16_units(device: torch.device) -> bool:
+    """Whether matrix products are much faster in bfloat16: on a CPU that has its instructions but
+    no AMX they are slower than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
 def train_step(

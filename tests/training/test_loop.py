@@ -181,6 +181,14 @@ def test_bfloat16_autocast_comes_close_to_float32():
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_auto_is_bfloat16_only_where_matrix_products_gain_by_it(monkeypatch, has_amx):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert loop.autocast_dtype("auto", CPU) is (torch.bfloat16 if has_amx else None)
+    assert loop.autocast_dtype("float32", CPU) is None
+    assert loop.autocast_dtype("bfloat16", CPU) is torch.bfloat16
+
+
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     settings = _settings(warmup_steps=10, schedule="cosine")
     factors = [loop.learning_rate_factor(step, settings, 110) for step in range(111)]
