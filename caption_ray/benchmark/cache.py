@@ -4,8 +4,10 @@ each time."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import statistics
+import string
 import tempfile
 import time
 from collections.abc import Iterator
@@ -57,7 +59,9 @@ def run(options: Cache) -> None:
     dtype = loop.autocast_dtype(options.precision, device)
     cores = len(os.sched_getaffinity(0))
     preset = config.seed()
-    vocabulary = Vocabulary([f"word{number}" for number in range(4996)])
+    # of letters, as a word with a digit costs a tokenizer twenty times as much
+    letters = itertools.product(string.ascii_lowercase, repeat=3)
+    vocabulary = Vocabulary(["".join(three) for three in itertools.islice(letters, 4996)])
     with tempfile.TemporaryDirectory() as folder:
         units = _write(Path(folder), pictures, vocabulary)
         prepare = Preparation(preset.model.encoder, preset.data, vocabulary, (0, 0))
@@ -72,7 +76,7 @@ def _write(folder: Path, pictures: int, vocabulary: Vocabulary) -> list[FeatureF
         rows = min(ROWS_PER_SHARD, pictures - start)
         regions = rng.random((rows, REGIONS, REGION_DIM), np.float32).astype(np.float16)
         words = np.clip(rng.normal(COCO_WORDS, COCO_SPREAD, rows), 6, 30).astype(int)
-        captions = [[" ".join(rng.choice(vocabulary.words[4:], n))] for n in words]
+        captions = [[" ".join(rng.choice(vocabulary.words[4:], n)) + "."] for n in words]
         data = features.to_bytes(regions, np.arange(start, start + rows), captions, [""] * rows)
         file = folder / f"{start}.arrow"
         file.write_bytes(data)

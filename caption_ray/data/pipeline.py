@@ -85,20 +85,13 @@ def batches(
         dataset = ray.data.read_datasource(
             Pieces(units, pieces, prepare, decode=not is_near), override_num_blocks=len(pieces)
         )
+        # whole blocks as they lie in the object store: Ray's batches would be copies
+        blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        parts = _rebatched(blocks, batch_size)
         if is_near:
-            # whole blocks as they lie in the object store: Ray's batches would be copies
-            blocks = dataset.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=2
-            )
-            stream = near.decoded(
-                _rebatched(blocks, batch_size), prepare, decode_threads, decode_on
-            )
+            stream = near.decoded(map(_apart, parts), prepare, decode_threads, decode_on)
         else:
-            stream = iter(
-                dataset.iter_batches(
-                    batch_size=batch_size, batch_format="numpy", prefetch_batches=2
-                )
-            )
+            stream = map(_arrays, parts)
         for columns in stream:
             yield Batch(
                 columns["image"],
@@ -110,10 +103,8 @@ def batches(
             )
 
 
-def _rebatched(
-    blocks: Iterable[pa.Table], batch_size: int
-) -> Iterator[tuple[list[pa.Scalar], near.Columns]]:
-    """The same rows in batches: the encoded pictures as views of the blocks, and the rest."""
+def _rebatched(blocks: Iterable[pa.Table], batch_size: int) -> Iterator[list[pa.Table]]:
+    """The same rows in batches, each of parts that are views of the blocks."""
     parts: list[pa.Table] = []
     wanted = batch_size
     for block in blocks:
@@ -124,17 +115,23 @@ def _rebatched(
             start += len(part)
             wanted -= len(part)
             if not wanted:
-                yield _apart(parts)
+                yield parts
                 parts, wanted = [], batch_size
     if parts:
-        yield _apart(parts)
+        yield parts
+
+
+def _arrays(parts: list[pa.Table]) -> near.Columns:
+    """The rows of a batch as arrays: read-only views, if all lie in one block."""
+    of_parts = [BlockAccessor.for_block(part).to_batch_format("numpy") for part in parts]
+    if len(of_parts) == 1:
+        return dict(of_parts[0])
+    return {name: np.concatenate([part[name] for part in of_parts]) for name in of_parts[0]}
 
 
 def _apart(parts: list[pa.Table]) -> tuple[list[pa.Scalar], near.Columns]:
+    """The encoded pictures, and the rest as arrays that can be written to."""
     pictures = [picture for part in parts for picture in part["image"]]
-    others = [
-        BlockAccessor.for_block(part.drop_columns("image")).to_batch_format("numpy")
-        for part in parts
-    ]
-    # arrays of their own, to be written to: Ray's are read-only
-    return pictures, {name: np.concatenate([part[name] for part in others]) for name in others[0]}
+    others = _arrays([part.drop_columns("image") for part in parts])
+    columns = {name: np.require(array, requirements="W") for name, array in others.items()}
+    return pictures, columns

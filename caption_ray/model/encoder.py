@@ -92,10 +92,14 @@ class Encoder(nn.Module):
 def to_tensor(images: NDArray[Any] | Tensor) -> Tensor:
     """Images as an encoder takes them: uint8 (B, S, S, 3) -> (B, 3, S, S), a view where torch has
     views. In memory channels stay last, as convolutions are fastest."""
-    if not isinstance(images, Tensor):
-        # torch does not view what is read-only, such as Ray's arrays
-        images = torch.from_numpy(images) if images.flags.writeable else torch.tensor(images)
-    return images.permute(0, 3, 1, 2)
+    return as_tensor(images).permute(0, 3, 1, 2)
+
+
+def as_tensor(array: NDArray[Any] | Tensor) -> Tensor:
+    """A view where torch has views; not of what is read-only, such as Ray's arrays."""
+    if isinstance(array, Tensor):
+        return array
+    return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
 
 
 def build_encoder(config: EncoderConfig, weights_path: str | None) -> Encoder:

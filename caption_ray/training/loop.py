@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from caption_ray.config import TrainConfig
 from caption_ray.model.decoder import END, PAD, START, DecoderOutput
-from caption_ray.model.encoder import to_tensor
+from caption_ray.model.encoder import as_tensor, to_tensor
 from caption_ray.model.loss import doubly_stochastic, token_loss
 
 
@@ -130,7 +130,7 @@ def to_example(
         weight = 0.0
     longest = int((tokens != PAD).any((0, 1)).nonzero()[0].max()) + 1
     on_host = [
-        torch.tensor(images) if images.dtype == np.float16 else to_tensor(images),
+        as_tensor(images) if images.dtype == np.float16 else to_tensor(images),
         torch.tensor(tokens[..., :longest]),
     ]
     if device.type == "cuda":
