@@ -46,6 +46,18 @@ def _commit(tmp_path, run, step, *, model=None, keep=2, **options):
     return captioner, uri
 
 
+def _cut_off_at(name, monkeypatch):
+    """The storage takes no file of this name."""
+    real = storage.write_bytes
+
+    def write(uri, data):
+        if uri.endswith(name):
+            raise storage.StorageError("cut off")
+        real(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", write)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_loaded_captioner_is_the_saved_one(tmp_path, tied):
     model = _config(tie_embeddings=tied)
@@ -99,14 +111,7 @@ def test_the_newest_and_the_best_are_kept_and_the_rest_removed(tmp_path):
 def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
     run = tmp_path / "run"
     _, good = _commit(tmp_path, run, 1)
-    real = storage.write_bytes
-
-    def fail(uri, data):
-        if uri.endswith(checkpoint.MANIFEST):
-            raise storage.StorageError("cut off")
-        real(uri, data)
-
-    monkeypatch.setattr(storage, "write_bytes", fail)
+    _cut_off_at(checkpoint.MANIFEST, monkeypatch)
     with pytest.raises(storage.StorageError):
         _commit(tmp_path, run, 2)
     monkeypatch.undo()
@@ -261,14 +266,7 @@ def test_members_may_differ_in_their_decoders(tmp_path):
 def test_a_second_checkpoint_of_a_step_never_touches_the_one_that_is_named(tmp_path, monkeypatch):
     run = tmp_path / "run"
     _, first = _commit(tmp_path, run, 1)
-    real = storage.write_bytes
-
-    def fail(uri, data):
-        if uri.endswith(checkpoint.STATE):
-            raise storage.StorageError("cut off")
-        real(uri, data)
-
-    monkeypatch.setattr(storage, "write_bytes", fail)
+    _cut_off_at(checkpoint.STATE, monkeypatch)
     with pytest.raises(storage.StorageError):
         _commit(tmp_path, run, 1)
     monkeypatch.undo()
@@ -299,14 +297,7 @@ def test_a_checkpoint_that_was_never_named_is_forgotten_once_the_run_goes_on(tmp
     names = [checkpoint.folder_name(step) for step in range(6)]
     for step in (1, 2):
         _commit(tmp_path, run, step, is_best=step == 1)
-    real = storage.write_bytes
-
-    def fail(uri, data):
-        if uri.endswith("latest.json"):
-            raise storage.StorageError("cut off")
-        real(uri, data)
-
-    monkeypatch.setattr(storage, "write_bytes", fail)
+    _cut_off_at("latest.json", monkeypatch)
     for step in (3, 4):
         with pytest.raises(storage.StorageError):
             _commit(tmp_path, run, step, after=2, to_validate=True)
