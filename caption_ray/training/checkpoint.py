@@ -287,10 +287,10 @@ def _prune(run: str, newest: str, after: float, keep: int) -> None:
     past = [name for name in whole if name == newest or step_of(name) <= after]
     kept = _named(run) | set(past[-keep:])
     for name in whole:
+        if name in kept:
+            continue
         uri = storage.join(run, name)
-        if name not in kept and not (
-            name in past and storage.exists(storage.join(uri, TO_VALIDATE))
-        ):
+        if name not in past or not storage.exists(storage.join(uri, TO_VALIDATE)):
             _remove(uri)
 
 
