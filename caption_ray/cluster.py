@@ -6,14 +6,16 @@ import logging
 import math
 import os
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.data
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
+
+from caption_ray import ray_internals
 
 GPU_VARIABLE = "CAPTION_RAY_NUM_GPUS"
 """Environment variable that says that GPUs can be had although none is up: clusters that start GPU
@@ -63,9 +65,6 @@ RESIZE_SECONDS = 30.0
 """Between two looks whether more training workers can be had (`train.min_workers`); a change costs
 a start of all workers."""
 
-DATA_STEP_SECONDS = 0.02
-"""Between two looks of Ray Data at its tasks."""
-
 
 def connect() -> None:
     """Join the cluster that `ray job submit` or RAY_ADDRESS names, or that runs on this machine,
@@ -82,37 +81,11 @@ def connect() -> None:
 
 def configure_train(elastic: bool) -> None:
     """Ray Train's settings for this process, the driver."""
-    # not for those who do not train: ray.train takes a while to load
-    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-
     # Its cleaner of placement groups otherwise looks for a Ray on its machine, and gives up where
     # there are two: that of a run, and that of the `serve run` which follows it.
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    ray_internals.pass_on_to_train("RAY_ADDRESS")
     for name, value in {**TRAIN_ENVIRONMENT, **(ELASTIC_ENVIRONMENT if elastic else {})}.items():
         os.environ.setdefault(name, value)
-
-
-class UnhurriedExecution(ExecutionCallback):
-    """Has Ray Data look after its tasks only every so often while there is nothing to do for them.
-
-    It does so without a pause wherever blocks are ready that are not wanted yet, which in training
-    is nearly always: a thread in the training process that takes a core, and Python's lock, from
-    the training itself. (Two workers of one thread: 80 images/s instead of 250.)
-    """
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._done: list[tuple[int, int, int]] = []
-
-    def on_execution_step(self, executor: Any) -> None:
-        metrics = [operator.metrics for operator in executor._topology]
-        done = [
-            (m.num_tasks_submitted, m.num_task_outputs_generated, m.num_outputs_taken)
-            for m in metrics
-        ]
-        if done == self._done:
-            time.sleep(max(0.0, self._last + DATA_STEP_SECONDS - time.monotonic()))
-        self._last, self._done = time.monotonic(), done
 
 
 def configure_data() -> None:
@@ -120,8 +93,7 @@ def configure_data() -> None:
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT
     context.enable_progress_bars = False  # the jobs show their own
-    if UnhurriedExecution not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(UnhurriedExecution)
+    ray_internals.slow_down_polling()
     # what these say of every dataset is of interest to Ray's developers
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
@@ -147,6 +119,16 @@ def on_this_node() -> dict[str, Any]:
         "enable_task_events": False,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
     }
+
+
+@contextmanager
+def original_errors() -> Iterator[None]:
+    """Raise what a Ray task raised as it was, without the stack of the worker that Ray wraps it
+    in."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause or error from None
 
 
 def progress_bar(total: int, doing: str, shown: bool, unit: str = "image") -> tqdm[Any]:

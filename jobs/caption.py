@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import tyro
 
 from caption_ray import cluster
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.config import SearchOverrides, default_storage
 from caption_ray.evaluation import evaluate
-from caption_ray.training import checkpoint
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
-        uri = checkpoint.find(arguments.checkpoint, "best")
-        search = arguments.search.apply(checkpoint.load(uri).search)
+        uri = run_folder.find(arguments.checkpoint)
+        search = arguments.search.apply(checkpoint.read_about(uri).search)
         cluster.connect()
         unreadable = evaluate.caption_files(uri, arguments.images, arguments.out, search=search)
     except ValueError as error:

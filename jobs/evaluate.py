@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import tyro
 
 from caption_ray import cluster
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.config import SearchOverrides, default_storage
 from caption_ray.data.dataset import open_shards
 from caption_ray.evaluation import scorecard
-from caption_ray.training import checkpoint
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
-        uri = checkpoint.find(arguments.checkpoint, "best")
-        search = arguments.search.apply(checkpoint.load(uri).search)
+        uri = run_folder.find(arguments.checkpoint)
+        search = arguments.search.apply(checkpoint.read_about(uri).search)
         cluster.connect()
         card = scorecard.make(
             uri, open_shards(arguments.shards), arguments.split, arguments.out, name=arguments.name,

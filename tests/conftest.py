@@ -83,9 +83,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
 
     from caption_ray import config
+    from caption_ray.captioning import checkpoint, run_folder
     from caption_ray.data.vocabulary import Vocabulary
     from caption_ray.model.captioner import build_captioner
-    from caption_ray.training import checkpoint
 
     preset = config.shapes().model
     model = dataclasses.replace(
@@ -103,7 +103,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     search = config.SearchConfig(beam_size=2, max_length=8)
     ledger = np.zeros(1, bool)
     checkpoint.save(scratch, captioner, vocabulary, model, search, state, {}, ledger)
-    checkpoint.commit(scratch, str(run), state, keep=1, is_best=True)
+    run_folder.commit(scratch, str(run), state, keep=1, is_best=True)
     return str(run)
 
 

@@ -16,8 +16,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from caption_ray.serving.app import Arguments
-from caption_ray.serving.captioner import Captioner, Serving
 from caption_ray.serving.ingress import Ingress
+from caption_ray.serving.replica import DEPLOYMENT, Serving
 
 FILE = Path(__file__).resolve().parents[1] / "serve_config.yaml"
 TYPED = {"autoscaling_config": AutoscalingConfig, "args": Arguments, "user_config": Serving}
@@ -91,7 +91,7 @@ def test_it_configures_the_deployments_that_the_app_has(config: dict[str, Any]) 
     module, _, builder = application["import_path"].partition(":")
     assert callable(getattr(import_module(module), builder))
     names = {deployment["name"] for deployment in application["deployments"]}
-    assert names == {Captioner.__name__, Ingress.__name__}
+    assert names == {DEPLOYMENT, Ingress.__name__}
 
 
 def test_one_file_serves_laptops_and_clusters(config: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch
 from caption_ray import config, storage
 from caption_ray.benchmark import measuring, runs
 from caption_ray.benchmark.model import COCO_SPREAD, COCO_WORDS
-from caption_ray.data import features
+from caption_ray.data import feature_shards
 from caption_ray.data.dataset import FeatureFile, ShardFile
 from caption_ray.data.pipeline import Batch, batches
 from caption_ray.data.plan import plan_epoch
@@ -77,7 +77,9 @@ def _write(folder: Path, pictures: int, vocabulary: Vocabulary) -> list[FeatureF
         regions = rng.random((rows, REGIONS, REGION_DIM), np.float32).astype(np.float16)
         words = np.clip(rng.normal(COCO_WORDS, COCO_SPREAD, rows), 6, 30).astype(int)
         captions = [[" ".join(rng.choice(vocabulary.words[4:], n)) + "."] for n in words]
-        data = features.to_bytes(regions, np.arange(start, start + rows), captions, [""] * rows)
+        data = feature_shards.to_bytes(
+            regions, np.arange(start, start + rows), captions, [""] * rows
+        )
         file = folder / f"{start}.arrow"
         file.write_bytes(data)
         shard = Shard(file.name, rows, len(data), storage.checksum(data))
@@ -102,12 +104,12 @@ def _measure(
     optimizer = torch.optim.AdamW(captioner.decoder.parameters(), lr=1e-3, fused=True)
 
     def stream() -> Iterator[Batch]:
-        pieces = plan_epoch([u.rows for u in units], rank=0, world_size=1, shuffle=(0, 0))
+        slices = plan_epoch([u.rows for u in units], rank=0, world_size=1, shuffle=(0, 0))
         yield from batches(
-            units, pieces, prepare, batch_size=preset.train.batch_size, cpus=cores, keep_order=False
+            units, slices, prepare, batch_size=preset.train.batch_size, cpus=cores, keep_order=False
         )
 
-    def step(example: loop.Example) -> None:
+    def step(example: loop.DeviceBatch) -> None:
         loop.train_step(captioner, example, optimizer, preset.train, dtype)
 
     waited: list[float] = []
@@ -116,7 +118,7 @@ def _measure(
         captions, waiting, begun = 0, 0.0, time.perf_counter()
         asked = begun
         for batch in stream():
-            example = loop.to_example(batch.images, batch.tokens, size, device)
+            example = loop.to_device(batch.inputs, batch.tokens, size, device)
             waiting += time.perf_counter() - asked
             step(example)
             captions += len(batch.numbers)
@@ -126,13 +128,13 @@ def _measure(
         return float(captions)
 
     first = next(stream())
-    resident = loop.to_example(first.images, first.tokens, size, device)
+    resident = loop.to_device(first.inputs, first.tokens, size, device)
     pixels = np.random.default_rng(0).integers(
         0, 256, (len(first.numbers), size, size, 3), np.uint8
     )
-    encoded = loop.to_example(pixels, first.tokens, size, device)
+    encoded = loop.to_device(pixels, first.tokens, size, device)
 
-    def repeat(example: loop.Example, count: int) -> float:
+    def repeat(example: loop.DeviceBatch, count: int) -> float:
         for _ in range(count):
             step(example)
         return float(count * len(first.numbers))
@@ -164,7 +166,7 @@ def _measure(
     _check(captioner, resident)
 
 
-def _check(captioner: Captioner, example: loop.Example) -> None:
+def _check(captioner: Captioner, example: loop.DeviceBatch) -> None:
     """What is timed is training: the features are those of the grid that the decoder expects."""
-    assert example.images.shape[1:] == (REGIONS, REGION_DIM)
+    assert example.inputs.shape[1:] == (REGIONS, REGION_DIM)
     assert captioner.grid[0] * captioner.grid[1] == REGIONS

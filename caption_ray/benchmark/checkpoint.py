@@ -15,9 +15,10 @@ import torch
 
 from caption_ray import config, storage
 from caption_ray.benchmark import measuring
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
-from caption_ray.training import checkpoint, loop
+from caption_ray.training import loop
 
 
 @dataclass
@@ -58,7 +59,7 @@ def _measure(options: Checkpoint, local: Path, target: str) -> None:
     )
     rng = np.random.default_rng(0)
     size = preset.model.encoder.image_size
-    example = loop.to_example(
+    example = loop.to_device(
         rng.integers(0, 256, (options.batch_size, size, size, 3), np.uint8),
         rng.integers(3, len(vocabulary), (options.batch_size, 5, 12), np.int32),
         size,
@@ -79,7 +80,7 @@ def _measure(options: Checkpoint, local: Path, target: str) -> None:
         )  # fmt: skip
 
         def commit() -> None:
-            checkpoint.commit(folder, target, state, keep=2)
+            run_folder.commit(folder, target, state, keep=2)
 
         uploads.append(threading.Thread(target=commit))
 

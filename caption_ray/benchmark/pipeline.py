@@ -123,7 +123,7 @@ def _measure(
         },
         rounds,
     )
-    images = sum(len(piece.rows) for piece in epoch.pieces)
+    images = sum(len(shard_slice.rows) for shard_slice in epoch.slices)
     found = measuring.report(
         "pipeline", f"pipeline: {title}, {images} pictures to {SIZE} x {SIZE}, {cores} cores",
         "images", rates, "bare decode loop",
@@ -155,12 +155,12 @@ def _told(first: float, memory: dict[str, float]) -> dict[str, Any]:
 
 def _ours(epoch: Epoch, cores: int, where: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     stream = batches(
-        epoch.units, epoch.pieces, epoch.prepare, batch_size=BATCH_SIZE, cpus=cores,
+        epoch.units, epoch.slices, epoch.prepare, batch_size=BATCH_SIZE, cpus=cores,
         keep_order=False, decode_threads=0 if where == "far" else cores,
         decode_on=torch.device("cuda") if where == "device" else None,
     )  # fmt: skip
     for batch in stream:
-        yield to_tensor(batch.images), torch.tensor(batch.tokens)
+        yield to_tensor(batch.inputs), torch.tensor(batch.tokens)
 
 
 # In a fresh Ray ---------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class BareLoop:
 
     def __init__(self, epoch: Epoch, processes: list[ProcessPoolExecutor]) -> None:
         self.processes = processes
-        rows = [row for piece in epoch.pieces for row in epoch.read(piece)]
+        rows = [row for shard_slice in epoch.slices for row in epoch.read(shard_slice)]
         for number, process in enumerate(processes):
             process.submit(_hold, rows[number :: len(processes)], epoch.prepare).result()
 

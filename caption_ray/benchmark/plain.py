@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from caption_ray.benchmark import measuring
 from caption_ray.config import Config
 from caption_ray.data.dataset import ShardFile, open_shards
-from caption_ray.data.plan import Piece, plan_epoch
+from caption_ray.data.plan import ShardSlice, plan_epoch
 from caption_ray.data.preparation import Preparation
-from caption_ray.data.reading import COLUMNS
+from caption_ray.data.read_tasks import COLUMNS
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.training import loop
 from caption_ray.training.initial import initial_captioner
@@ -35,12 +35,12 @@ class Epoch:
     """What is read, in which order, and how rows become arrays."""
 
     units: Sequence[ShardFile]
-    pieces: list[Piece]
+    slices: list[ShardSlice]
     prepare: Preparation
 
-    def read(self, piece: Piece) -> list[dict[str, Any]]:
-        rows = self.units[piece.shard].read(COLUMNS)
-        return [rows[i] for i in piece.rows]
+    def read(self, shard_slice: ShardSlice) -> list[dict[str, Any]]:
+        rows = self.units[shard_slice.shard].read(COLUMNS)
+        return [rows[i] for i in shard_slice.rows]
 
 
 Arrays = tuple[Tensor, Tensor]
@@ -49,7 +49,7 @@ Arrays = tuple[Tensor, Tensor]
 
 def collate(rows: Sequence[dict[str, Any]]) -> Arrays:
     """A batch of prepared rows."""
-    images, tokens = (np.stack([row[name] for row in rows]) for name in ("image", "tokens"))
+    images, tokens = (np.stack([row[name] for row in rows]) for name in ("inputs", "tokens"))
     return torch.from_numpy(images), torch.from_numpy(tokens)
 
 
@@ -66,9 +66,9 @@ class Shards(IterableDataset[Arrays]):
         assert worker is not None
         torch.set_num_threads(1)
         rows: list[dict[str, Any]] = []
-        for piece in self.epoch.pieces[worker.id :: worker.num_workers]:
-            for row, source in zip(piece.rows, self.epoch.read(piece), strict=True):
-                rows.append(self.epoch.prepare(source, piece.first + int(row)))
+        for shard_slice in self.epoch.slices[worker.id :: worker.num_workers]:
+            for row, source in zip(shard_slice.rows, self.epoch.read(shard_slice), strict=True):
+                rows.append(self.epoch.prepare(source, shard_slice.first + int(row)))
                 if len(rows) == self.batch_size:
                     yield collate(rows)
                     rows = []
@@ -156,12 +156,12 @@ def _epoch(
     vocabulary = Vocabulary.from_counts(
         dataset.word_counts, config.data.min_word_count, config.data.max_words
     )
-    pieces = plan_epoch(
+    slices = plan_epoch(
         [unit.rows for unit in units], rank=place.rank, world_size=place.world_size,
         shuffle=(train.seed, 0), limit=config.data.max_images,
     )  # fmt: skip
     prepare = Preparation(config.model.encoder, config.data, vocabulary, (train.seed, 0))
-    epoch = Epoch(units, pieces, prepare)
+    epoch = Epoch(units, slices, prepare)
     loop.set_determinism(train.seed, strict=False)
     captioner = initial_captioner(config, len(vocabulary)).to(device)
     model: nn.Module = captioner
@@ -180,7 +180,7 @@ def _epoch(
     optimizer.register_step_pre_hook(laps.end_backward if profiled else _nothing)
     optimizer.register_step_post_hook(functools.partial(_lap, lap, "optimizer"))
     images, all_reduced, start = 0, 0, 0.0
-    total = math.ceil(sum(len(piece.rows) for piece in pieces) / train.batch_size)
+    total = math.ceil(sum(len(shard_slice.rows) for shard_slice in slices) / train.batch_size)
     batches = iter(Shards(epoch, train.batch_size).loader(1))
     for step in range(total):  # never to the loader's end, whose processes it waits for
         batch = next(batches)
@@ -191,7 +191,7 @@ def _epoch(
         lap("wait")
         factor = loop.learning_rate_factor(step, train, total)
         loop.set_learning_rate(optimizer, factor)
-        example = loop.to_example(batch[0].numpy(), batch[1].numpy(), size, device)
+        example = loop.to_device(batch[0].numpy(), batch[1].numpy(), size, device)
         lap("transfer")
         with contextlib.ExitStack() as stack:
             if isinstance(model, DistributedDataParallel):
@@ -210,11 +210,11 @@ def _epoch(
 
 def beside_training(epoch: Epoch) -> dict[str, float]:
     """Milliseconds per picture of what a process besides does, one thread: medians of three shards,
-    each of one piece of the epoch."""
+    each of one shard_slice of the epoch."""
     found: dict[str, list[float]] = {"read": [], "decode": [], "batch": []}
-    for piece in epoch.pieces[:3]:
+    for shard_slice in epoch.slices[:3]:
         marks = [time.perf_counter()]
-        rows = epoch.read(piece)
+        rows = epoch.read(shard_slice)
         marks.append(time.perf_counter())
         prepared = [epoch.prepare(row, number) for number, row in enumerate(rows)]
         marks.append(time.perf_counter())

@@ -27,12 +27,12 @@ from ray import serve
 
 from caption_ray import cluster, config
 from caption_ray.benchmark import measuring
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning.predictor import Predictor
 from caption_ray.data import shapes
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
 from caption_ray.serving import app
-from caption_ray.serving.predictor import Predictor
-from caption_ray.training import checkpoint
 
 
 @dataclass
@@ -63,7 +63,7 @@ REQUESTS_PER_CLIENT = {1: 24, 8: 8, 32: 6}
 def run(options: Serve) -> None:
     picture = Path(options.picture).read_bytes() if options.picture else drawn_picture()
     with tempfile.TemporaryDirectory() as folder:
-        uri = checkpoint.find(options.checkpoint or untrained_checkpoint(Path(folder)))
+        uri = run_folder.find(options.checkpoint or untrained_checkpoint(Path(folder)))
         os.environ.update(cluster.SERVING_ENVIRONMENT)  # all three run under the same conditions
         os.environ["RAY_worker_niceness"] = "0"
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(options.haproxy))
@@ -315,7 +315,7 @@ def untrained_checkpoint(folder: Path) -> str:
     checkpoint.save(
         scratch, captioner, vocabulary, preset.model, preset.search, state, {}, ledger
     )  # fmt: skip
-    return checkpoint.commit(scratch, str(folder / "run"), state, keep=1, is_best=True)
+    return run_folder.commit(scratch, str(folder / "run"), state, keep=1, is_best=True)
 
 
 def drawn_picture() -> bytes:

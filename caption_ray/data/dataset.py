@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from caption_ray import storage
-from caption_ray.data import features, shards
-from caption_ray.data.ingest import READ_THREADS, plan_digest, read_index, to_row
-from caption_ray.data.shards import Index, Shard
+from caption_ray.data import feature_shards, shards
+from caption_ray.data.rows import READ_THREADS, fingerprint, to_row
+from caption_ray.data.shards import INDEX_FILE, Index, Shard
 from caption_ray.data.sources import Record, find_splits
 from caption_ray.data.tokenizer import tokenize
 
@@ -25,12 +25,19 @@ RAW_IMAGES = 64
 class ShardFile:
     """A unit of reading: one Parquet shard below the URI of its data set."""
 
+    holds_features: ClassVar[bool] = False
+
     uri: str
     shard: Shard
 
     @property
     def rows(self) -> int:
         return self.shard.rows
+
+    @property
+    def pictures(self) -> ShardFile:
+        """The unit that holds the pictures themselves."""
+        return self
 
     def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """All rows, verified against the index; DamagedError naming the shard if they differ."""
@@ -40,7 +47,7 @@ class ShardFile:
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """What `read` gives, without a copy of each picture."""
         try:
-            data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
+            data = storage.read_verified(self.uri, self.shard.bytes, self.shard.checksum)
         except storage.DamagedError as error:
             raise storage.DamagedError(
                 f"{error}: not what the index names; ingest again into an empty folder"
@@ -57,11 +64,18 @@ class ShardFile:
 class RawImages:
     """A unit of reading: pictures streamed one by one from where they lie."""
 
+    holds_features: ClassVar[bool] = False
+
     records: tuple[Record, ...]
 
     @property
     def rows(self) -> int:
         return len(self.records)
+
+    @property
+    def pictures(self) -> RawImages:
+        """The unit that holds the pictures themselves."""
+        return self
 
     def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """All rows, always whole; unreadable pictures have an `error` instead of an `image`."""
@@ -79,7 +93,9 @@ class RawImages:
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """A unit of reading: what a frozen encoder made of the pictures of a shard, row by row."""
+    """A unit of reading: a frozen encoder's features of the pictures of a shard, row by row."""
+
+    holds_features: ClassVar[bool] = True
 
     uri: str
     shard: Shard
@@ -90,20 +106,21 @@ class FeatureFile:
         return self.shard.rows
 
     def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """All rows, always whole, verified, with regions float16 (N, E) as `image`; DamagedError if
-        they are not what was written."""
+        """All rows, always whole, verified, with `regions` float16 (N, E) in the place of `image`;
+        DamagedError if they are not what was written."""
         try:
-            data = storage.read_verified(self.uri, self.shard.bytes, self.shard.digest)
+            data = storage.read_verified(self.uri, self.shard.bytes, self.shard.checksum)
         except storage.DamagedError as error:
             raise storage.DamagedError(f"{error}: delete it, and it is made again") from None
-        return features.from_bytes(data)
+        return feature_shards.from_bytes(data)
 
     def captions(self) -> list[list[str]]:
         """What people wrote of each picture."""
         return self.pictures.captions()
 
 
-Unit: TypeAlias = ShardFile | RawImages | FeatureFile
+PictureUnit: TypeAlias = ShardFile | RawImages
+Unit: TypeAlias = PictureUnit | FeatureFile
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,17 @@ class DataSet:
         return [unit.rows for unit in self.splits[split]]
 
 
+def read_index(uri: str) -> Index:
+    """The index of the shards below `uri`; ValueError if there is none."""
+    location = storage.join(storage.resolve(uri), INDEX_FILE)
+    try:
+        return Index.from_json(storage.read_text(location), location)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{location}: no index, so no complete data set; run jobs/ingest.py --out {uri}"
+        ) from None
+
+
 def open_shards(uri: str) -> DataSet:
     """The data set that ingest wrote below `uri`; ValueError if there is none."""
     uri = storage.resolve(uri)
@@ -134,7 +162,7 @@ def open_shards(uri: str) -> DataSet:
             for split, listed in index.splits.items()
         },
         index.word_counts,
-        index.plan,
+        index.fingerprint,
     )
 
 
@@ -156,4 +184,4 @@ def open_source(uri: str, *, seed: int) -> DataSet:
                 for caption in record.picture.captions:
                     for word in tokenize(caption):
                         counts[word] = counts.get(word, 0) + 1
-    return DataSet(storage.resolve(uri), splits, counts, plan_digest(order_of, None))
+    return DataSet(storage.resolve(uri), splits, counts, fingerprint(order_of, None))

@@ -1,15 +1,14 @@
 """COCO zips, folders or a bucket -> verified, shuffled shards and an index of them.
 
-Each shard is a pure function of the plan (which pictures, in which order, under which settings),
-so shards are written in any order by any worker, twice if need be, and an ingest that died is
-completed by running it again: shards whose receipt is there are not written anew. The index is
+Each shard is a pure function of what the fingerprint covers (which pictures, in which order, under
+which settings). So any worker may write any shard, twice if need be, and an ingest that died is
+completed by running it again: shards that have a receipt are not written again. The index is
 written last; without it there is no data set.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -18,16 +17,17 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 
 from caption_ray import cluster, storage
-from caption_ray.config import DataConfig, from_dict
-from caption_ray.data import shapes, shards, transforms
+from caption_ray.config import DataConfig
+from caption_ray.data import receipts, shapes, shards
+from caption_ray.data.dataset import read_index
+from caption_ray.data.rows import READ_THREADS, fingerprint, to_row
 from caption_ray.data.shards import INDEX_FILE, Index, LeftOut, Shard
-from caption_ray.data.sources import PictureError, Record, Split, find_splits, read_picture
+from caption_ray.data.sources import Record, Split, find_splits
 from caption_ray.data.tokenizer import tokenize
 
 RECEIPTS = ".receipts"
@@ -37,9 +37,6 @@ SHARD_NAME = re.compile(r"\d+-of-\d+\.parquet")
 
 IMAGES_PER_SHARD = 500
 """Default size of a shard: 10 MB of shrunk COCO, one request of object storage."""
-
-READ_THREADS = 8
-"""Pictures that one task fetches at a time: storage latency, not bandwidth, is what costs."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,17 @@ def ingest(
     """Write the pictures of `source` (see `find_splits`) as shards below `out`.
 
     `image_size`: shorter side, in pixels, that larger pictures are shrunk to; None keeps originals.
-    Returns the index, also when an earlier run with the same plan had finished it. Raises
+    Returns the index, also when an earlier run with the same fingerprint had finished it. Raises
     ValueError if `out` holds another data set, or if nothing of a split is readable.
     """
     source, out = storage.resolve(source), storage.resolve(out)
     found = find_splits(source, splits=splits, karpathy=karpathy)
-    pieces = {split: _shuffled(content, images_per_shard, seed) for split, content in found.items()}
-    plan = plan_digest(pieces, image_size)
+    parts = {split: _shuffled(content, images_per_shard, seed) for split, content in found.items()}
+    wanted = fingerprint(parts, image_size)
 
     finished = read_index(out) if storage.exists(storage.join(out, INDEX_FILE)) else None
     if finished is not None:
-        if finished.plan != plan:
+        if finished.fingerprint != wanted:
             raise ValueError(
                 f"--out {out}: holds another data set (from {finished.source}, image size "
                 f"{finished.image_size}); choose an empty folder or delete that one"
@@ -83,13 +80,14 @@ def ingest(
         _tidy(out, finished)
         return finished
 
-    _remove_unfinished(out, splits=tuple(found), plan=plan)
-    receipts = _write_shards(pieces, out, plan, image_size, progress)
+    _remove_unfinished(out, splits=tuple(found), keep=wanted)
+    receipts_folder = storage.join(out, RECEIPTS, wanted)
+    finished_shards = _write_shards(parts, out, receipts_folder, image_size, progress)
     word_counts: Counter[str] = Counter()
     left_out = [LeftOut(split, *entry) for split, content in found.items()
                 for entry in content.left_out]  # fmt: skip
     listed: dict[str, list[Shard]] = {}
-    for split, done in receipts.items():
+    for split, done in finished_shards.items():
         listed[split] = [receipt.shard for receipt in done if receipt.shard.rows]
         left_out += [entry for receipt in done for entry in receipt.left_out]
         if not listed[split]:
@@ -101,7 +99,7 @@ def ingest(
                 word_counts.update(receipt.word_counts)
     index = Index(
         source=source,
-        plan=plan,
+        fingerprint=wanted,
         image_size=image_size,
         seed=seed,
         splits=listed,
@@ -113,20 +111,20 @@ def ingest(
     return index
 
 
-def _remove_unfinished(out: str, *, splits: tuple[str, ...], plan: str) -> None:
-    """Remove what an ingest left that was killed, but for finished shards of the same plan.
+def _remove_unfinished(out: str, *, splits: tuple[str, ...], keep: str) -> None:
+    """Remove what a killed ingest left behind, except finished shards of the fingerprint to `keep`.
 
-    Receipts of another plan vouch for shards that this one is about to replace.
+    Receipts of any other fingerprint vouch for shards that are about to be replaced.
     """
     for place in (*splits, RECEIPTS, INDEX_FILE):
         storage.delete_partial(storage.join(out, place))
     for other in storage.list_folders(storage.join(out, RECEIPTS)):
-        if other != plan:
+        if other != keep:
             storage.delete(storage.join(out, RECEIPTS, other))
 
 
 def _tidy(out: str, index: Index) -> None:
-    """Remove the receipts of a finished ingest, and shards of another plan that never was."""
+    """Remove the receipts of a finished ingest, and the shards of one that never was."""
     listed = {shard.file for split in index.splits for shard in index.shards(split)}
     for split in index.splits:
         for file in storage.list_files(storage.join(out, split)):
@@ -135,17 +133,6 @@ def _tidy(out: str, index: Index) -> None:
                 storage.delete(file)
     if storage.list_files(storage.join(out, RECEIPTS)):
         storage.delete(storage.join(out, RECEIPTS))
-
-
-def read_index(uri: str) -> Index:
-    """The index of the shards below `uri`; ValueError if there is none."""
-    location = storage.join(storage.resolve(uri), INDEX_FILE)
-    try:
-        return Index.from_json(storage.read_text(location), location)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{location}: no index, so no complete data set; run jobs/ingest.py --out {uri}"
-        ) from None
 
 
 def ensure_shapes(runs: str, data: DataConfig) -> str:
@@ -182,62 +169,56 @@ def _shuffled(split: Split, images_per_shard: int, seed: int) -> list[list[Recor
     return [[split.records[i] for i in part] for part in np.array_split(order, count)]
 
 
-def plan_digest(pieces: dict[str, list[list[Record]]], image_size: int | None) -> str:
-    """Of all that determines the shards: which pictures with which captions, where, settings."""
-    text = json.dumps(
-        {
-            "format": shards.FORMAT,
-            "image_size": image_size,
-            "pieces": {
-                split: [[dataclasses.astuple(record) for record in piece] for piece in parts]
-                for split, parts in pieces.items()
-            },
-        },
-        default=str,
-    )
-    return storage.digest(text.encode())
-
-
 def _write_shards(
-    pieces: dict[str, list[list[Record]]],
+    parts: dict[str, list[list[Record]]],
     out: str,
-    plan: str,
+    receipts_folder: str,
     image_size: int | None,
     progress: bool,
 ) -> dict[str, list[Receipt]]:
-    waiting: dict[Any, tuple[str, int]] = {}
-    receipts: dict[str, list[Receipt | None]] = {}
-    total = sum(len(piece) for parts in pieces.values() for piece in parts)
-    with cluster.progress_bar(total, "ingest", progress) as bar:
-        for split, parts in pieces.items():
-            receipts[split] = [None] * len(parts)
-            for number, records in enumerate(parts):
-                file = f"{split}/{number:05d}-of-{len(parts):05d}.parquet"
-                receipt_uri = storage.join(out, RECEIPTS, plan, f"{file}.json")
-                task = _write_shard.remote(records, split, out, file, receipt_uri, image_size)
-                waiting[task] = (split, number)
+    """Write the shards that have no receipt yet. Returns the receipts of all, in their order."""
+
+    def is_valid(receipt: Receipt) -> bool:
+        """Whether the shard that it vouches for is there."""
+        shard = receipt.shard
+        try:
+            return not shard.rows or storage.size(storage.join(out, shard.file)) == shard.bytes
+        except FileNotFoundError:
+            return False
+
+    done = receipts.read_all(receipts_folder, Receipt, is_valid)
+    files = {
+        f"{split}/{number:05d}-of-{len(listed):05d}.parquet": records
+        for split, listed in parts.items()
+        for number, records in enumerate(listed)
+    }
+    with cluster.progress_bar(sum(map(len, files.values())), "ingest", progress) as bar:
+        bar.update(sum(len(files[file]) for file in done))
+        waiting = {
+            _write_shard.remote(
+                records, out, file, storage.join(receipts_folder, f"{file}.json"), image_size
+            ): file
+            for file, records in files.items()
+            if file not in done
+        }
         while waiting:
             (task,), _ = ray.wait(list(waiting), num_returns=1)
-            split, number = waiting.pop(task)
-            try:
-                receipts[split][number] = ray.get(task)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None  # the reason, without the stack of the worker
-            bar.update(len(pieces[split][number]))
-    return {split: [r for r in done if r is not None] for split, done in receipts.items()}
+            file = waiting.pop(task)
+            with cluster.original_errors():
+                done[file] = ray.get(task)
+            bar.update(len(files[file]))
+    return {split: [done[f] for f in files if f.startswith(f"{split}/")] for split in parts}
 
 
 # a task whose worker or node dies is run again by Ray; storage errors were already retried
 @ray.remote(num_cpus=1, max_retries=3)
 def _write_shard(
-    records: list[Record], split: str, out: str, file: str, receipt_uri: str, image_size: int | None
+    records: list[Record], out: str, file: str, receipt_uri: str, image_size: int | None
 ) -> Receipt:
-    done = _read_receipt(receipt_uri, out)
-    if done is not None:
-        return done
     with ThreadPoolExecutor(READ_THREADS) as threads:
         results = list(threads.map(lambda record: to_row(record, image_size), records))
     rows = [row for row in results if row["error"] is None]
+    split = file.partition("/")[0]
     left_out = [LeftOut(split, r["file_name"], r["error"]) for r in results if r["error"]]
     counts = Counter(
         word for row in rows for caption in row["captions"] for word in tokenize(caption)
@@ -245,50 +226,7 @@ def _write_shard(
     data = shards.to_bytes(rows)
     if rows:
         storage.write_bytes(storage.join(out, file), data)
-    receipt = Receipt(
-        Shard(file, len(rows), len(data), storage.checksum(data)), left_out, dict(counts)
-    )
-    storage.write_bytes(receipt_uri, json.dumps(dataclasses.asdict(receipt)).encode())
+    shard = Shard(file, len(rows), len(data), storage.checksum(data))
+    receipt = Receipt(shard, left_out, dict(counts))
+    receipts.write(receipt_uri, receipt)
     return receipt
-
-
-def _read_receipt(uri: str, out: str) -> Receipt | None:
-    """The receipt, if it is there and its shard, too."""
-    try:
-        receipt = from_dict(Receipt, json.loads(storage.read_bytes(uri)), uri)
-        shard = receipt.shard
-        if shard.rows and storage.size(storage.join(out, shard.file)) != shard.bytes:
-            return None
-    except (FileNotFoundError, ValueError):
-        return None
-    return receipt
-
-
-def to_row(record: Record, image_size: int | None) -> dict[str, Any]:
-    """One row of a shard (`shards.SCHEMA`): the picture read, checked, and shrunk if asked for.
-
-    A picture that cannot be had or decoded gives a row without `image`, and `error` says why.
-    """
-    picture = record.picture
-    row: dict[str, Any] = {
-        "image_id": picture.image_id,
-        "file_name": picture.file_name,
-        "width": picture.width,
-        "height": picture.height,
-        "image": None,
-        "captions": picture.captions,
-        "objects": picture.objects,
-        "error": None,
-    }
-    try:
-        data = read_picture(record.location)
-        if image_size is None:
-            transforms.decode(data)  # the only proof that it can be decoded
-        else:
-            data = transforms.shrink(data, image_size)
-        row["image"] = data
-    except PictureError as error:
-        row["error"] = str(error)
-    except transforms.ImageError as error:
-        row["error"] = f"corrupt: {error}"
-    return row

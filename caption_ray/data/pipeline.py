@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from ray.data import ExecutionResources
 from ray.data.block import BlockAccessor
 
-from caption_ray.data import near
-from caption_ray.data.dataset import FeatureFile, Unit
-from caption_ray.data.plan import Piece
+from caption_ray.data import decode_near
+from caption_ray.data.dataset import Unit
+from caption_ray.data.plan import ShardSlice
 from caption_ray.data.preparation import Preparation
-from caption_ray.data.reading import Pieces
+from caption_ray.data.read_tasks import SliceSource
 
 BLOCK_BYTES = 16 * 2**20
 """What a task yields is joined to blocks of this size: small enough for an early first batch and
@@ -46,22 +46,26 @@ class TooManyBadImages(RuntimeError):
 
 @dataclass
 class Batch:
-    """What one step sees. images uint8 (B, S, S, 3), on the device that decoded them if any, or
-    what a frozen encoder made of them, float16 (B, N, E); tokens int32 (B, K, L), numbers int64
-    (B,) of the pictures in their split, image_ids int64 (B,), errors: the unreadable ones,
-    captions: what people wrote, if Preparation was told to bring it."""
+    """What one step sees, on the host."""
 
-    images: NDArray[np.uint8] | NDArray[np.float16] | torch.Tensor
+    inputs: NDArray[np.uint8] | NDArray[np.float16] | torch.Tensor
+    """Pictures uint8 (B, S, S, 3), on the device that decoded them if one did; or their features
+    by a frozen encoder, float16 (B, N, E)."""
     tokens: NDArray[np.int32]
+    """(B, K, L)"""
     numbers: NDArray[np.int64]
+    """(B,), of the pictures in their split."""
     image_ids: NDArray[np.int64]
+    """(B,), as the data set names them."""
     errors: list[str]
+    """Of the pictures that could not be read."""
     captions: list[list[str]]
+    """What people wrote about each picture, where `Preparation` was told to bring it."""
 
 
 def batches(
     units: Sequence[Unit],
-    pieces: list[Piece],
+    slices: list[ShardSlice],
     prepare: Preparation,
     *,
     batch_size: int,
@@ -70,9 +74,9 @@ def batches(
     decode_threads: int = 0,
     decode_on: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """The pictures of `pieces`, read by at most `cpus` CPUs of the cluster at a time and decoded by
+    """The pictures of `slices`, read by at most `cpus` CPUs of the cluster at a time and decoded by
     them (far), or by so many threads of this process (near), which may have a GPU do it."""
-    if not pieces:
+    if not slices:
         return
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.resource_limits = ExecutionResources.for_limits(
@@ -80,26 +84,26 @@ def batches(
     )
     context.execution_options.preserve_order = keep_order
     context.target_max_block_size = BLOCK_BYTES
-    is_near = decode_threads > 0 and not isinstance(units[0], FeatureFile)
+    is_near = decode_threads > 0 and not units[0].holds_features
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
-            Pieces(units, pieces, prepare, decode=not is_near), override_num_blocks=len(pieces)
+            SliceSource(units, slices, prepare, decode=not is_near), override_num_blocks=len(slices)
         )
         # whole blocks as they lie in the object store: Ray's batches would be copies
         blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
         parts = _rebatched(blocks, batch_size)
         if is_near:
-            stream = near.decoded(map(_apart, parts), prepare, decode_threads, decode_on)
+            stream = decode_near.decoded(map(_apart, parts), prepare, decode_threads, decode_on)
         else:
             stream = map(_arrays, parts)
         for columns in stream:
             yield Batch(
-                columns["image"],
+                columns["inputs"],
                 columns["tokens"],
                 columns["number"],
                 columns["image_id"],
                 [error for error in columns["error"] if error],
-                [json.loads(text) if text else [] for text in columns["captions"]],
+                [json.loads(text) if text else [] for text in columns["captions_json"]],
             )
 
 
@@ -121,7 +125,7 @@ def _rebatched(blocks: Iterable[pa.Table], batch_size: int) -> Iterator[list[pa.
         yield parts
 
 
-def _arrays(parts: list[pa.Table]) -> near.Columns:
+def _arrays(parts: list[pa.Table]) -> decode_near.Columns:
     """The rows of a batch as arrays: read-only views, if all lie in one block."""
     of_parts = [BlockAccessor.for_block(part).to_batch_format("numpy") for part in parts]
     if len(of_parts) == 1:
@@ -129,9 +133,9 @@ def _arrays(parts: list[pa.Table]) -> near.Columns:
     return {name: np.concatenate([part[name] for part in of_parts]) for name in of_parts[0]}
 
 
-def _apart(parts: list[pa.Table]) -> tuple[list[pa.Scalar], near.Columns]:
+def _apart(parts: list[pa.Table]) -> tuple[list[pa.Scalar], decode_near.Columns]:
     """The encoded pictures, and the rest as arrays that can be written to."""
-    pictures = [picture for part in parts for picture in part["image"]]
-    others = _arrays([part.drop_columns("image") for part in parts])
+    pictures = [picture for part in parts for picture in part["encoded"]]
+    others = _arrays([part.drop_columns("encoded") for part in parts])
     columns = {name: np.require(array, requirements="W") for name, array in others.items()}
     return pictures, columns

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """Rows of one shard, in the order in which they are to be delivered."""
 
     shard: int
@@ -30,8 +30,8 @@ def plan_epoch(
     shuffle: tuple[int, int] | None,
     limit: int | None = None,
     consumed: NDArray[np.bool_] | None = None,
-) -> list[Piece]:
-    """The pieces that worker `rank` reads; over all ranks each picture stands exactly once.
+) -> list[ShardSlice]:
+    """The slices that worker `rank` reads; over all ranks each picture stands exactly once.
 
     shuffle: (seed, epoch) for a new order of shards and of rows in each; None for stored order.
     limit: only the first so many pictures. consumed: bool (pictures,), those to leave out.
@@ -67,6 +67,6 @@ def plan_epoch(
         return []
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
     return [
-        Piece(int(shards[start]), part, int(firsts[shards[start]]))
+        ShardSlice(int(shards[start]), part, int(firsts[shards[start]]))
         for start, part in zip(starts, np.split(rows, starts[1:]), strict=True)
     ]

@@ -28,25 +28,25 @@ class Preparation:
     """Whether what people wrote comes along as text, whole."""
 
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        """One row of a shard as arrays: image uint8 (S, S, 3), tokens int32 (K, L). Of a feature
-        shard's row, `image` stays what it is: regions float16 (N, E).
+        """One row of a shard as arrays: `inputs` uint8 (S, S, 3), or regions float16 (N, E) of a
+        feature shard; `tokens` int32 (K, L).
 
         A picture that cannot be decoded gives a black one without tokens, which adds nothing to
         any loss, and `error` says why.
         """
-        prepared = self.but_for_image(row, number)
-        if isinstance(row["image"], np.ndarray):
-            prepared["image"] = row["image"]
+        prepared = self.without_inputs(row, number)
+        if "regions" in row:
+            prepared["inputs"] = row["regions"]
             if row["error"]:
                 _blank(prepared, row["error"])
         else:
             size = self.encoder.image_size
-            prepared["image"] = np.empty((size, size, 3), np.uint8)
-            self.square(row["image"], prepared, prepared["image"])
+            prepared["inputs"] = np.empty((size, size, 3), np.uint8)
+            self.square(row["image"], prepared, prepared["inputs"])
         return prepared
 
-    def but_for_image(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        """All that a call gives but the `image`, which is left to `square`."""
+    def without_inputs(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        """All that a call gives except `inputs`, which is left to `square`."""
         captions: list[str] = row["captions"]
         prepared = {
             "tokens": np.zeros((self.data.captions_per_image, self.data.caption_length), np.int32),
@@ -54,7 +54,7 @@ class Preparation:
             "image_id": row["image_id"],
             "file_name": row.get("file_name", ""),
             "flip": self.data.flip and not transforms.mentions_side(captions),
-            "captions": json.dumps(captions) if self.with_captions else "",
+            "captions_json": json.dumps(captions) if self.with_captions else "",
             "error": row["error"] or "",
         }
         if self.augment is not None and len(captions) > self.data.captions_per_image:
@@ -97,4 +97,4 @@ class Preparation:
 def _blank(prepared: dict[str, Any], error: str) -> None:
     """Have the row weigh nothing, and say why."""
     prepared["tokens"][:] = 0
-    prepared["captions"], prepared["error"] = "", error
+    prepared["captions_json"], prepared["error"] = "", error

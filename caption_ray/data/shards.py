@@ -9,10 +9,11 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import AliasChoices, Field
 
 from caption_ray.config import from_dict
 
@@ -46,8 +47,8 @@ class Shard:
     """Path below the index's folder."""
     rows: int
     bytes: int
-    digest: str
-    """`storage.checksum` of the file."""
+    checksum: Annotated[str, Field(validation_alias=AliasChoices("checksum", "digest"))]
+    """`storage.checksum` of the file. (Written as `digest` by earlier versions.)"""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Index:
 
     source: str
     """Where the pictures came from."""
-    plan: str
-    """Digest of all that determines the shards: pictures, captions, settings."""
+    fingerprint: Annotated[str, Field(validation_alias=AliasChoices("fingerprint", "plan"))]
+    """Digest of all that determines the shards: pictures, captions, settings. (Written as `plan` by
+    earlier versions.)"""
     image_size: int | None
     """Shorter side, in pixels, that larger pictures were shrunk to; None: originals."""
     seed: int

@@ -5,6 +5,7 @@ The same `Predictor` that serves captions them, so what is measured is what is s
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 from collections.abc import Callable, Iterator
@@ -18,12 +19,13 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from caption_ray import cluster, storage
+from caption_ray.captioning import checkpoint
+from caption_ray.captioning.predictor import Predictor
 from caption_ray.config import SearchConfig
-from caption_ray.data.dataset import DataSet, RawImages, ShardFile
+from caption_ray.data.dataset import DataSet, Unit
+from caption_ray.data.judge import judge
 from caption_ray.data.plan import plan_epoch
-from caption_ray.data.shapes import judge
-from caption_ray.data.transforms import ImageError, thumbnail
-from caption_ray.serving.predictor import Predictor, prepare_with_box
+from caption_ray.data.transforms import thumbnail
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BATCH_SIZE = 32
@@ -35,43 +37,34 @@ DECODE_THREADS = 4
 class _Captions:
     """Actor: rows with `image` bytes (or None and an `error`) -> rows with caption or error."""
 
-    def __init__(self, checkpoint: str, search: SearchConfig | None, attention: bool) -> None:
+    def __init__(self, loaded: Any, search: SearchConfig | None, attention: bool) -> None:
+        """loaded: reference to a checkpoint.Loaded, which was read once for all actors, so that it
+        is the same for all even if the run that it belongs to goes on."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.predictor = Predictor.from_uri(checkpoint, device, search)
+        # what Ray hands out is read-only and shared: modules want weights of their own
+        self.predictor = Predictor(copy.deepcopy(ray.get(loaded)), device, search)
         self.attention = attention
         self.threads = ThreadPoolExecutor(DECODE_THREADS)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
-        prepared = list(self.threads.map(self._prepare, rows))
-        good = [number for number, one in enumerate(prepared) if one is not None]
-        found = (
-            self.predictor.predict(np.stack([prepared[number][0] for number in good]))
-            if good
-            else []
-        )
-        pictures = {number: rows[number]["image"] for number in good}
-        for row in rows:
-            row.update(caption=None, log_prob=None, image=None)
-        for number, (caption,) in zip(good, found, strict=True):
-            rows[number].update(caption=caption.text, log_prob=caption.log_prob)
+        found = self.predictor.caption_pictures([row["image"] for row in rows], self.threads)
+        for row, one in zip(rows, found, strict=True):
+            picture, caption = row["image"], one.caption
+            # a picture that could not even be fetched has its reason already
+            row.update(caption=None, log_prob=None, image=None, error=row["error"] or one.error)
+            if caption is None:
+                continue
+            row.update(caption=caption.text, log_prob=caption.log_prob)
             if self.attention and caption.attention is not None:
-                rows[number].update(
+                row.update(
                     words=caption.words,
                     attention=caption.attention.ravel(),
                     grid=caption.attention.shape[1:],
-                    box=prepared[number][1],
-                    thumbnail=thumbnail(pictures[number], THUMBNAIL_SIDE),
+                    box=one.box,
+                    thumbnail=thumbnail(picture, THUMBNAIL_SIDE),
                 )
         return pa.Table.from_pylist(rows, schema=_RESULT)
-
-    def _prepare(self, row: dict[str, Any]) -> Any:
-        if row["error"] is None:
-            try:
-                return prepare_with_box(row["image"], self.predictor.encoder_config)
-            except ImageError as error:
-                row["error"] = str(error)
-        return None
 
 
 _RESULT = pa.schema(
@@ -92,7 +85,7 @@ _RESULT = pa.schema(
 
 
 def caption_files(
-    checkpoint: str,
+    uri: str,
     images: str,
     out: str,
     *,
@@ -100,6 +93,8 @@ def caption_files(
     progress: bool = True,
 ) -> int:
     """Caption every picture that `images` means: one picture, a folder, a glob or a bucket prefix.
+
+    `uri`: of a checkpoint or an ensemble (see `run_folder.find`).
 
     Writes JSON lines to `out`, sorted by file: `file`, `caption` and `log_prob`, or `file` and
     `error` for a picture that cannot be read. `search` is how (default: as the checkpoint says).
@@ -109,9 +104,7 @@ def caption_files(
     dataset = ray.data.from_items(
         [{"uri": file} for file in files], override_num_blocks=_num_blocks(len(files))
     ).map_batches(_read_files, batch_size=BATCH_SIZE, batch_format="pyarrow", zero_copy_batch=True)
-    rows = sorted(
-        _caption(dataset, checkpoint, len(files), progress, search), key=lambda row: row["file"]
-    )
+    rows = sorted(_caption(dataset, uri, len(files), progress, search), key=lambda row: row["file"])
     lines = []
     for row in rows:
         kept = ("file", "error") if row["error"] else ("file", "caption", "log_prob")
@@ -121,7 +114,7 @@ def caption_files(
 
 
 def caption_split(
-    checkpoint: str,
+    uri: str,
     dataset: DataSet,
     split: str,
     *,
@@ -137,11 +130,11 @@ def caption_split(
     (what people wrote), `objects` (see shards.SCHEMA) and, with `attention`, `words`, `attention`
     (T, rows, columns), `box` (see pointing.point) and `thumbnail`, a small JPEG.
     """
-    pieces = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
-    pictures = sum(len(piece.rows) for piece in pieces)
+    slices = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
+    pictures = sum(len(shard_slice.rows) for shard_slice in slices)
     read = ray.data.from_items(
-        [{"unit": piece.shard, "rows": len(piece.rows)} for piece in pieces],
-        override_num_blocks=len(pieces),
+        [{"unit": shard_slice.shard, "rows": len(shard_slice.rows)} for shard_slice in slices],
+        override_num_blocks=len(slices),
     ).map_batches(
         _read_units,
         fn_args=[ray.put(dataset.splits[split])],
@@ -149,7 +142,7 @@ def caption_split(
         batch_format="pyarrow",
     )
     records = []
-    for row in _caption(read, checkpoint, pictures, progress, search, attention):
+    for row in _caption(read, uri, pictures, progress, search, attention):
         details = json.loads(row.pop("details"))
         grid = row.pop("grid")
         if grid is not None:
@@ -219,10 +212,10 @@ _ENCODED = pa.schema(
 
 
 def _read_units(table: pa.Table, units: ray.ObjectRef) -> Iterator[pa.Table]:
-    loaded: list[ShardFile | RawImages] = ray.get(units)
-    for piece in table.to_pylist():
+    loaded: list[Unit] = ray.get(units)
+    for shard_slice in table.to_pylist():
         rows = []
-        for row in loaded[piece["unit"]].read()[: piece["rows"]]:
+        for row in loaded[shard_slice["unit"]].read()[: shard_slice["rows"]]:
             details = {
                 "image_id": row["image_id"],
                 "references": row["captions"],
@@ -241,7 +234,7 @@ def _read_units(table: pa.Table, units: ray.ObjectRef) -> Iterator[pa.Table]:
 
 def _caption(
     encoded: Dataset,
-    checkpoint: str,
+    uri: str,
     total: int,
     progress: bool,
     search: SearchConfig | None = None,
@@ -252,7 +245,7 @@ def _caption(
     actors = gpus or max(1, int(cluster.num_cpus()) - 1)
     captioned = encoded.map_batches(
         _Captions,
-        fn_constructor_args=[checkpoint, search, attention],
+        fn_constructor_args=[ray.put(checkpoint.load(uri)), search, attention],
         batch_size=BATCH_SIZE,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=actors),

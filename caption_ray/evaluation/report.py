@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from caption_ray import storage
-from caption_ray.training.tracking import Cell, Table
+from caption_ray.captioning.tracking import Cell, Table
 
 LOSS_CURVE = "loss.png"
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from caption_ray import storage
-from caption_ray.config import Config, SearchConfig, from_dict
+from caption_ray.captioning import checkpoint, metrics, run_folder, tracking
+from caption_ray.config import SearchConfig
 from caption_ray.data.dataset import DataSet
-from caption_ray.data.ingest import READ_THREADS
+from caption_ray.data.rows import READ_THREADS
 from caption_ray.data.tokenizer import tokenize
-from caption_ray.evaluation import evaluate, metrics, report
+from caption_ray.evaluation import evaluate, report
 from caption_ray.evaluation.pointing import Pointing, point
-from caption_ray.training import checkpoint, tracking
-from caption_ray.training.journal import read_history
 
 METRICS_FILE, PER_IMAGE_FILE, REPORT_FILE = "metrics.json", "per_image.jsonl", "report.html"
 
@@ -60,7 +59,7 @@ def make(
     progress: bool = True,
 ) -> Scorecard:
     """Caption a split with the checkpoint or ensemble at `uri` and score it; the files go below
-    `out` (default: `folder`).
+    `out` (default: below the run).
 
     `search` is how captions are searched for (default: as the checkpoint says). Raises ValueError
     if pictures of the split cannot be read or have no captions to compare with.
@@ -85,16 +84,14 @@ def make(
         record["scores"] = values
     figures = {**scores.corpus, **describe(records, dataset, seconds)}
     tables = report.tables(records)
-    card = Scorecard(figures, scores.skipped, tables, storage.resolve(out or folder(uri, split)))
+    card = Scorecard(
+        figures,
+        scores.skipped,
+        tables,
+        storage.resolve(out or run_folder.evaluation_folder(uri, split)),
+    )
     _write(card, records, uri, split, name)
     return card
-
-
-def folder(uri: str, split: str) -> str:
-    """Below the run of the checkpoint; of an ensemble, below its first run, named by all."""
-    first, *others = checkpoint.members(uri)
-    names = "".join(f"+{storage.name(storage.parent(other))}" for other in others)
-    return storage.join(storage.parent(first), "evaluation", f"{split}{names}")
 
 
 def describe(records: list[dict[str, Any]], dataset: DataSet, seconds: float) -> dict[str, float]:
@@ -149,7 +146,7 @@ def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str,
     names = [f"{storage.name(storage.parent(one))}, {storage.name(one)}" for one in members]
     curves: dict[str, bytes] = {}
     for run in dict.fromkeys(storage.parent(one) for one in members):
-        found = report.curves(read_history(run), storage.name(run))
+        found = report.curves(run_folder.read_history(run), storage.name(run))
         curves |= {f"{heading} of {storage.name(run)}": png for heading, png in found.items()}
     page = report.page(f"{' + '.join(names)}, {split}", card.figures, card.skipped, records, curves)
     for file, text in (
@@ -165,11 +162,13 @@ def log(card: Scorecard, uri: str, split: str) -> str | None:
     """Add figures, captions and heat maps to the page of the run that the checkpoint belongs to;
     its id, None if the run was not followed. An ensemble belongs to no run."""
     run = storage.parent(uri)
-    config_uri = storage.join(run, checkpoint.CONFIG)
-    if len(checkpoint.members(uri)) > 1 or not storage.exists(config_uri):
+    if len(checkpoint.members(uri)) > 1:
         return None
-    state = checkpoint.load(uri).state
-    config = from_dict(Config, json.loads(storage.read_bytes(config_uri)), config_uri)
+    try:
+        config = run_folder.read_config(run)
+    except FileNotFoundError:
+        return None
+    state = checkpoint.read_state(uri)
     if state.tracker_id is None and config.run.tracker != "tensorboard":
         return None
     files = Path(run) if storage.is_local(run) else Path(tempfile.mkdtemp())

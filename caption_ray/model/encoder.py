@@ -95,6 +95,11 @@ def to_tensor(images: NDArray[Any] | Tensor) -> Tensor:
     return as_tensor(images).permute(0, 3, 1, 2)
 
 
+def to_inputs(inputs: NDArray[Any] | Tensor) -> Tensor:
+    """What a captioner takes: pictures as by `to_tensor`; regions (B, N, E) as they are."""
+    return to_tensor(inputs) if inputs.ndim == 4 else as_tensor(inputs)
+
+
 def as_tensor(array: NDArray[Any] | Tensor) -> Tensor:
     """A view where torch has views; not of what is read-only, such as Ray's arrays."""
     if isinstance(array, Tensor):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from caption_ray.config import SearchConfig
+from caption_ray.model.backtrack import Hypotheses
 from caption_ray.model.captioner import Captioner
 from caption_ray.model.ensemble import Ensemble
 from caption_ray.model.graphs import capture
-from caption_ray.model.search import Hypotheses, OnStep, begin
+from caption_ray.model.search import OnStep, begin
 
 STEPS = 4
 """Steps of a graph: more would go on for longer where all captions are over."""

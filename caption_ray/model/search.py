@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from caption_ray.config import SMALLEST, SearchConfig
+from caption_ray.model.backtrack import Hypotheses, SearchStep, backtrack, common_beginning, decided
 from caption_ray.model.captioner import Captioner
 from caption_ray.model.decoder import END, PAD, START, State, StepFn, narrowed_step
 from caption_ray.model.ensemble import Ensemble
@@ -32,19 +32,6 @@ BLOCK_WORDS = 100
 OnStep = Callable[[Tensor, Tensor], None]
 """Called after each step with int64 tokens (B, T) and (B,): how many of them, from the first, will
 stand in every caption that is returned for the image, or in the best one if beams compete."""
-
-
-class Hypotheses(NamedTuple):
-    """The R best captions of each image, the best first."""
-
-    tokens: Tensor
-    """int64 (B, R, T): words and, unless it was cut at the maximal length, END; then PAD."""
-    log_probs: Tensor
-    """(B, R): the sum over the words, END included. -inf: there is no such caption."""
-    lengths: Tensor
-    """int64 (B, R): number of words, END included."""
-    attention: Tensor
-    """(B, R, T, N): where each word looked; zero for PAD."""
 
 
 def beam_search(
@@ -305,7 +292,7 @@ class _Beams(Progress):
         # scores of ended captions
         self._best = torch.full((batch, num_return), -torch.inf, device=self.left.device)
         self._can_win = torch.ones((batch, beams), dtype=torch.bool, device=self.left.device)
-        self._trace: list[_Step] = []
+        self._trace: list[SearchStep] = []
 
     def advance(self) -> None:
         live = self._of_left(self._live)
@@ -325,17 +312,17 @@ class _Beams(Progress):
         scores = (log_probs / length**self._length_penalty).masked_fill(~ended, -torch.inf)
         self._best = torch.cat([self._best, scores], dim=1).topk(self._num_return).values
         self._live = log_probs.masked_fill(ended, -torch.inf)
-        self._trace.append(_Step(tokens, parent, attention, log_probs, scores))
+        self._trace.append(SearchStep(tokens, parent, attention, log_probs, scores))
         # Log-probabilities only fall, and the last length divides them by most.
         bound = self._live / last**self._length_penalty  # (B, K)
         self._can_win = bound > self._best[:, :1]
         self.over = self._best[:, -1] >= bound.amax(dim=1)
 
     def decided(self) -> tuple[Tensor, Tensor]:
-        return _decided(self._trace, self._can_win)
+        return decided(self._trace, self._can_win)
 
     def found(self) -> Hypotheses:
-        return _backtrack(self._trace, self._num_return)
+        return backtrack(self._trace, self._num_return)
 
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -369,7 +356,7 @@ class _Following(Progress):
         self.over = self._ended.all(dim=1)
 
     def decided(self) -> tuple[Tensor, Tensor]:
-        return _common_beginning(self.said[..., 1:])
+        return common_beginning(self.said[..., 1:])
 
     def found(self) -> Hypotheses:
         total, order = self._total.sort(dim=1, descending=True)
@@ -447,67 +434,3 @@ def _allowed(logits: Tensor, said: Tensor, min_length: int, no_repeat_ngram_size
     none_left = allowed.isneginf().all(dim=-1)
     allowed[..., END] = torch.where(none_left, logits[..., END], allowed[..., END])
     return allowed
-
-
-class _Step(NamedTuple):
-    """A step of beam search, for reading captions back from their last word. All (B, K)."""
-
-    tokens: Tensor
-    parent: Tensor
-    """The beam, of the step before, that each token continues."""
-    attention: Tensor
-    """(B, K, N), of the beams before they were reordered."""
-    log_probs: Tensor
-    scores: Tensor
-    """-inf, except where a caption ended at this step."""
-
-
-def _backtrack(trace: list[_Step], num_return: int) -> Hypotheses:
-    """The captions of best score, read from their last words back to their first."""
-    scores, last = torch.cat([step.scores for step in trace], dim=1).topk(num_return)  # (B, R)
-    exists = scores > -torch.inf
-    tokens, attention = _read(trace, last, exists)
-    log_probs = torch.cat([step.log_probs for step in trace], dim=1).gather(1, last)
-    lengths = (last // trace[0].scores.shape[1] + 1) * exists
-    return Hypotheses(tokens, log_probs.masked_fill(~exists, -torch.inf), lengths, attention)
-
-
-def _read(trace: list[_Step], last: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (B, R, T) and attention (B, R, T, N) of the sequences whose last words stand at
-    `last`, int64 (B, R): step * K + beam. PAD where they do not exist."""
-    beams = trace[0].scores.shape[1]
-    lengths = (last // beams + 1) * exists
-    beam = last % beams  # (B, R)
-    image = torch.arange(len(beam), device=beam.device).unsqueeze(1)
-
-    tokens, attentions = [], []
-    for index, step in reversed(list(enumerate(trace))):
-        within = index < lengths  # (B, R)
-        parent = step.parent.gather(1, beam)
-        tokens.append(step.tokens.gather(1, beam).masked_fill(~within, PAD))
-        attentions.append(step.attention[image, parent].masked_fill(~within.unsqueeze(-1), 0.0))
-        beam = torch.where(within, parent, beam)
-    return torch.stack(tokens[::-1], dim=-1), torch.stack(attentions[::-1], dim=2)
-
-
-def _decided(trace: list[_Step], can_win: Tensor) -> tuple[Tensor, Tensor]:
-    """What all captions that can still be the best have in common: those of the beams that
-    `can_win`, bool (B, K), and the best that ended. Tokens (B, T) and how many, (B,)."""
-    beams = can_win.shape[1]
-    score, ended = torch.cat([step.scores for step in trace], dim=1).topk(1)  # (B, 1)
-    live = torch.arange(beams, device=ended.device) + beams * (len(trace) - 1)
-    last = torch.cat([ended, live.expand(len(ended), -1)], dim=1)  # (B, 1 + K)
-    possible = torch.cat([score > -torch.inf, can_win], dim=1)
-    tokens, _ = _read(trace, last, possible)
-    return _common_beginning(tokens, possible)
-
-
-def _common_beginning(tokens: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The sequence (B, T), of tokens (B, K, T), that is the first to count, and with how many of
-    its tokens all others that count begin, int64 (B,)."""
-    if counts is None:
-        counts = torch.ones_like(tokens[..., 0], dtype=torch.bool)  # (B, K)
-    first = counts.int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, tokens.shape[-1])
-    one = tokens.gather(1, first)  # (B, 1, T)
-    same = ((tokens == one) | ~counts.unsqueeze(-1)).all(dim=1)  # (B, T)
-    return one.squeeze(1), same.int().cumprod(dim=1).sum(dim=1)

@@ -18,15 +18,15 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
 from caption_ray import cluster
+from caption_ray.captioning.checkpoint import CheckpointError
+from caption_ray.captioning.predictor import Predictor
 from caption_ray.config import default_storage
 from caption_ray.serving.auth import Tokens
-from caption_ray.serving.captioner import Captioner, Serving, describe
 from caption_ray.serving.errors import Strict, explain
 from caption_ray.serving.fetch import check_allow_list
 from caption_ray.serving.ingress import Ingress
-from caption_ray.serving.predictor import Predictor
+from caption_ray.serving.replica import DEPLOYMENT, CaptionerReplica, Serving, describe
 from caption_ray.serving.service import Settings
-from caption_ray.training.checkpoint import CheckpointError
 
 CHECKPOINT_VARIABLE = "CAPTION_RAY_CHECKPOINT"
 TOKENS_FILE_VARIABLE = "CAPTION_RAY_TOKENS_FILE"
@@ -43,13 +43,13 @@ class Arguments(Strict):
     """What `args` in serve_config.yaml, or `key=value` after `serve run`, may say."""
 
     checkpoint: str = Field(
-        default_factory=lambda: os.environ.get(CHECKPOINT_VARIABLE, "latest"),
+        default_factory=lambda: os.environ.get(CHECKPOINT_VARIABLE, "best"),
         min_length=1,
         validate_default=True,
     )
-    """`latest` or `best` of the run in `storage` that was written to last, or the URI of a
-    checkpoint or run; several URIs, separated by commas, caption together (default:
-    $CAPTION_RAY_CHECKPOINT, else latest)."""
+    """`best` or `latest` of the run in `storage` that was written to last, or the URI of a
+    checkpoint or run (RUN means its best checkpoint, RUN/latest its latest); several URIs,
+    separated by commas, caption together (default: $CAPTION_RAY_CHECKPOINT, else best)."""
 
     storage: str = Field(default_factory=default_storage, min_length=1, validate_default=True)
     """URI of the folder that holds all runs, or of one run (default: $CAPTION_RAY_STORAGE, else
@@ -161,6 +161,7 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
         num_gpus = 1 if cluster.num_gpus() else 0
 
     captioner = serve.deployment(
+        name=DEPLOYMENT,
         # Ray would queue what is beyond in the ingresses and ask again after growing pauses; here
         # it is in the next batch.
         max_ongoing_requests=MAX_QUEUE + 2 * args.max_batch_size,
@@ -170,7 +171,7 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
             "runtime_env": {"env_vars": cluster.SERVING_ENVIRONMENT},
         },
         user_config=serving.model_dump(),
-    )(Captioner)
+    )(CaptionerReplica)
     ingress = serve.deployment(
         max_ongoing_requests=INGRESS_REQUESTS,
         ray_actor_options={

@@ -9,21 +9,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from caption_ray import storage
 from caption_ray.config import SMALLEST
-from caption_ray.serving.backend import MAX_BEAMS, MAX_LENGTH, MAX_RETURN, Answer, Options
+from caption_ray.serving import sse
+from caption_ray.serving.contract import MAX_BEAMS, MAX_LENGTH, MAX_RETURN, Answer, Options
 from caption_ray.serving.errors import Refusal, Strict, documented, explain, read_json
-from caption_ray.serving.service import MAX_PICTURES, Service, first_of, unforeseen
+from caption_ray.serving.service import MAX_PICTURES, Service, first_of
 
 MAX_SEED = 2**63 - 1
 
@@ -176,7 +176,7 @@ class GeneratedCaption(BaseModel):
     attention: Attention | None = None
 
 
-class Job(NamedTuple):
+class Asked(NamedTuple):
     """What a request asks for."""
 
     pictures: list[bytes]
@@ -227,21 +227,20 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         together.
         """
         async with service.body(request) as data:
-            job = await _read(data, request.headers, query)
-            options = job.parameters.options()
-            if job.parameters.stream:
-                parts = service.stream(job.pictures[0], options)
+            asked = await _read(data, request.headers, query)
+            options = asked.parameters.options()
+            if asked.parameters.stream:
+                parts = service.stream(asked.pictures[0], options)
                 _, parts = await first_of(parts)  # until here an error is a status
-                events = _events(parts, request, job)
-                return StreamingResponse(events, media_type="text/event-stream", headers=NO_CACHE)
+                return sse.response(_events(parts, asked), request, _refused)
             names = (
-                [f"inputs.{number}" for number in range(len(job.pictures))]
-                if job.is_list
+                [f"inputs.{number}" for number in range(len(asked.pictures))]
+                if asked.is_list
                 else ["the picture"]
             )
             tasks = [
                 asyncio.create_task(service.caption(picture, options, name))
-                for picture, name in zip(job.pictures, names, strict=True)
+                for picture, name in zip(asked.pictures, names, strict=True)
             ]
             try:
                 answers = await asyncio.gather(*tasks)
@@ -252,20 +251,16 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
             "X-Checkpoint": ",".join(map(storage.name, answers[0].checkpoint.split(","))),
             "X-Batch-Size": str(max(answer.batch_size for answer in answers)),
         }
-        return JSONResponse(_content(answers, job), headers=headers)
+        return JSONResponse(_content(answers, asked), headers=headers)
 
     return [CaptionRequest]
 
 
-NO_CACHE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Of streams: or proxies would gather what should come word by word."""
-
-
-def _content(answers: list[Answer], job: Job) -> Any:
-    found: list[Any] = [_captions(answer, job.parameters) for answer in answers]
-    if job.parameters.format == "object":
+def _content(answers: list[Answer], asked: Asked) -> Any:
+    found: list[Any] = [_captions(answer, asked.parameters) for answer in answers]
+    if asked.parameters.format == "object":
         found = [captions[0] for captions in found]
-    return found if job.is_list else found[0]
+    return found if asked.is_list else found[0]
 
 
 def _captions(answer: Answer, parameters: Parameters) -> list[dict[str, Any]]:
@@ -288,43 +283,36 @@ def _captions(answer: Answer, parameters: Parameters) -> list[dict[str, Any]]:
     return captions
 
 
-async def _events(
-    parts: AsyncIterator[list[str] | Answer], request: Request, job: Job
-) -> AsyncIterator[str]:
-    try:
-        async for part in parts:
-            if isinstance(part, Answer):
-                yield _event("captions", _content([part], job))
-            else:
-                yield _event("words", {"words": part})
-    except Refusal as refusal:
-        yield _event("error", {**refusal.content("caption"), "status": refusal.status})
-    except Exception:
-        yield _event("error", {**unforeseen(request.scope).content("caption"), "status": 500})
+async def _events(parts: AsyncIterator[list[str] | Answer], asked: Asked) -> AsyncIterator[str]:
+    async for part in parts:
+        if isinstance(part, Answer):
+            yield sse.event(_content([part], asked), "captions")
+        else:
+            yield sse.event({"words": part}, "words")
 
 
-def _event(name: str, data: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+def _refused(refusal: Refusal) -> str:
+    return sse.event({**refusal.content("caption"), "status": refusal.status}, "error")
 
 
 # Bodies ---------------------------------------------------------------------------------------
 
 
-async def _read(data: bytes, headers: Headers, query: Parameters) -> Job:
+async def _read(data: bytes, headers: Headers, query: Parameters) -> Asked:
     """What the body and the query ask for. Raises Refusal."""
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        job = await _read_form(data, headers, query)
+        asked = await _read_form(data, headers, query)
     elif kind == "application/json" or data[:1] == b"{":  # no picture begins like that
-        job = await asyncio.to_thread(_read_json, data, query)
+        asked = await asyncio.to_thread(_read_json, data, query)
     else:
-        job = Job([data], False, query)
-    if job.parameters.stream and job.is_list:
+        asked = Asked([data], False, query)
+    if asked.parameters.stream and asked.is_list:
         raise Refusal(400, "validation", "stream is true: send one picture", field="stream")
-    return job
+    return asked
 
 
-def _read_json(data: bytes, query: Parameters) -> Job:
+def _read_json(data: bytes, query: Parameters) -> Asked:
     request = read_json(CaptionRequest, data)
     is_list = isinstance(request.inputs, list)
     inputs = request.inputs if isinstance(request.inputs, list) else [request.inputs]
@@ -332,10 +320,10 @@ def _read_json(data: bytes, query: Parameters) -> Job:
         decode_base64(text, f"inputs.{number}" if is_list else "inputs")
         for number, text in enumerate(inputs)
     ]
-    return Job(pictures, is_list, _merge(request.parameters, query))
+    return Asked(pictures, is_list, _merge(request.parameters, query))
 
 
-async def _read_form(data: bytes, headers: Headers, query: Parameters) -> Job:
+async def _read_form(data: bytes, headers: Headers, query: Parameters) -> Asked:
     async def stream() -> AsyncGenerator[bytes, None]:
         yield data
 
@@ -357,7 +345,7 @@ async def _read_form(data: bytes, headers: Headers, query: Parameters) -> Job:
     text = form.get("parameters")
     own = read_json(JsonParameters, str(text), "parameters") if text is not None else None
     pictures = [await file.read() for file in files]
-    return Job(pictures, len(pictures) > 1, _merge(own, query))
+    return Asked(pictures, len(pictures) > 1, _merge(own, query))
 
 
 def _merge(own: JsonParameters | None, query: Parameters) -> Parameters:

@@ -4,22 +4,22 @@ picture counts."""
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from caption_ray.config import SMALLEST
-from caption_ray.serving.backend import MAX_LENGTH, MAX_RETURN, Answer, Options
-from caption_ray.serving.caption_api import MAX_SEED, NO_CACHE, decode_base64
+from caption_ray.serving import sse
+from caption_ray.serving.caption_api import MAX_SEED, decode_base64
+from caption_ray.serving.contract import MAX_LENGTH, MAX_RETURN, Answer, Options
 from caption_ray.serving.errors import Refusal, Strict, documented, read_json
 from caption_ray.serving.fetch import FetchError, fetch
-from caption_ray.serving.service import Service, first_of, unforeseen
+from caption_ray.serving.service import Service, first_of
 
 MAX_MESSAGES = 1000
 """Most messages, and most parts of one: pydantic tells what is wrong with each."""
@@ -223,8 +223,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
                     raise Refusal(400, "validation", f"n is {asked.n}: stream 1", field="n")
                 parts = service.stream(picture, asked.options())
                 _, parts = await first_of(parts)  # until here an error is a status
-                events = _events(parts, request, asked, chat_id)
-                return StreamingResponse(events, media_type="text/event-stream", headers=NO_CACHE)
+                return sse.response(_events(parts, asked, chat_id), request, _refused)
             answer = await service.caption(picture, asked.options())
         choices = [
             Choice(
@@ -307,9 +306,9 @@ def _fetch(url: str, field: str, service: Service) -> bytes:
 
 
 async def _events(
-    parts: AsyncIterator[list[str] | Answer], request: Request, asked: ChatRequest, chat_id: str
+    parts: AsyncIterator[list[str] | Answer], asked: ChatRequest, chat_id: str
 ) -> AsyncIterator[str]:
-    """Server-sent events as OpenAI's clients read them."""
+    """The chunks that OpenAI's clients read."""
     created = int(time.time())
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
 
@@ -323,27 +322,26 @@ async def _events(
         }
         if with_usage:
             content["usage"] = usage.model_dump() if usage else None
-        return f"data: {json.dumps(content)}\n\n"
+        return sse.event(content)
 
     def choice(delta: dict[str, str], finish_reason: str | None = None) -> list[dict[str, Any]]:
         return [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
 
-    try:
-        yield chunk(choice({"role": "assistant", "content": ""}))
-        told = 0
-        async for part in parts:
-            words = part.captions[0].words[told:] if isinstance(part, Answer) else part
-            if words:
-                text = " ".join(words)
-                yield chunk(choice({"content": f" {text}" if told else text}))
-                told += len(words)
-            if isinstance(part, Answer):
-                reason = "stop" if part.captions[0].is_whole else "length"
-                yield chunk(choice({}, reason))
-                if with_usage:
-                    yield chunk([], _usage(part))
-        yield "data: [DONE]\n\n"
-    except Refusal as refusal:
-        yield f"data: {json.dumps(refusal.content('chat'))}\n\n"
-    except Exception:
-        yield f"data: {json.dumps(unforeseen(request.scope).content('chat'))}\n\n"
+    yield chunk(choice({"role": "assistant", "content": ""}))
+    told = 0
+    async for part in parts:
+        words = part.captions[0].words[told:] if isinstance(part, Answer) else part
+        if words:
+            text = " ".join(words)
+            yield chunk(choice({"content": f" {text}" if told else text}))
+            told += len(words)
+        if isinstance(part, Answer):
+            reason = "stop" if part.captions[0].is_whole else "length"
+            yield chunk(choice({}, reason))
+            if with_usage:
+                yield chunk([], _usage(part))
+    yield "data: [DONE]\n\n"
+
+
+def _refused(refusal: Refusal) -> str:
+    return sse.event(refusal.content("chat"))

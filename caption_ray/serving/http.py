@@ -31,7 +31,7 @@ from caption_ray import storage
 from caption_ray.data import shapes, transforms
 from caption_ray.serving import caption_api, chat_api
 from caption_ray.serving.auth import Tokens
-from caption_ray.serving.backend import Backend
+from caption_ray.serving.contract import Backend
 from caption_ray.serving.errors import Family, Refusal, documented, refuse_field
 from caption_ray.serving.service import Service, Settings, header, unforeseen
 

@@ -17,12 +17,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, DeploymentStatus, ReplicaState
 
+from caption_ray import ray_internals
+from caption_ray.captioning.predictor import Box, Images, prepare_with_box
 from caption_ray.config import EncoderConfig
-from caption_ray.serving.backend import Answer, Options, Status, UnavailableError
 from caption_ray.serving.batching import QueueFullError
-from caption_ray.serving.captioner import Captioner, Full, Outdated, Reply
+from caption_ray.serving.contract import Answer, Options, Status, UnavailableError
 from caption_ray.serving.http import build_http
-from caption_ray.serving.predictor import Box, Images, prepare_with_box
+from caption_ray.serving.replica import DEPLOYMENT, Full, Outdated, Reply
 from caption_ray.serving.service import Settings
 
 DECODE_THREADS = 4
@@ -50,9 +51,7 @@ class Ingress:
         settings: Settings,
     ) -> None:
         """`encoder` and `info` are of the checkpoint that is served first."""
-        # Straight from one to the other: Ray's way by default leads pictures of 256 x 256, as
-        # anything above 100 kB, through its object store, which takes 5 ms more.
-        self.captioner = captioner.options(_by_reference=False)
+        self.captioner = ray_internals.without_object_store(captioner)
         self.streaming_captioner = self.captioner.options(stream=True)
         self.encoder = encoder
         self.last_info = info
@@ -140,7 +139,7 @@ class Ingress:
     def _status(self) -> Status:
         context = serve.get_replica_context()
         application = serve.status().applications[context.app_name]
-        deployment = application.deployments[Captioner.__name__]
+        deployment = application.deployments[DEPLOYMENT]
         if application.status == ApplicationStatus.DELETING:
             return "starting"
         if deployment.replica_states.get(ReplicaState.RUNNING, 0) > 0:

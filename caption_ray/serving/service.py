@@ -13,7 +13,8 @@ from fastapi import Request
 from starlette.types import Scope
 
 from caption_ray.data import transforms
-from caption_ray.serving.backend import (
+from caption_ray.serving.batching import QueueFullError
+from caption_ray.serving.contract import (
     MAX_BEAMS,
     MAX_LENGTH,
     MAX_RETURN,
@@ -22,7 +23,6 @@ from caption_ray.serving.backend import (
     Options,
     UnavailableError,
 )
-from caption_ray.serving.batching import QueueFullError
 from caption_ray.serving.errors import Refusal
 
 MAX_PICTURES = 16

@@ -9,13 +9,14 @@ a second and costs a small machine a percent of a core. It loads no torch, which
 
 from __future__ import annotations
 
-import contextlib
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from tqdm import tqdm
@@ -23,6 +24,9 @@ from tqdm import tqdm
 from caption_ray import cluster
 
 REFRESH_SECONDS = 0.3
+WAIT_SECONDS = 0.2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Console:
         return self._mailbox.is_told_to_stop.remote()
 
 
-@contextlib.contextmanager
+@contextmanager
 def shown() -> Iterator[Console]:
     """A console whose lines and bar appear on this process's terminal while the context lasts."""
     mailbox: Any = ray.remote(**cluster.on_this_node())(_Mailbox).remote()
@@ -110,3 +114,59 @@ def _show(mailbox: Any, done: threading.Event) -> None:
                         bar.set_description(item.epoch, refresh=False)
                         bar.reset(total=item.steps)
                     bar.update(item.step - bar.n)
+
+
+# Signals --------------------------------------------------------------------------------------
+
+
+def call_until_told_to_stop(function: Callable[[], T], tell: Callable[[], None]) -> T:
+    """What the function returns; on the first SIGINT or SIGTERM `tell` is called, once, and the
+    function has as long as it needs to end. A second signal has its usual effect.
+
+    The function runs on another thread: on the main one Ray Train would make SIGINT its own.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    with _first_signal() as told:
+        thread.start()
+        while thread.is_alive():
+            thread.join(WAIT_SECONDS)
+            if told.is_set():
+                told.clear()
+                tell()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+@contextmanager
+def _first_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets instead of ending the process."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told  # only the main thread receives signals
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    def on_signal(*_: object) -> None:
+        restore()
+        told.set()
+
+    for kind in before:
+        signal.signal(kind, on_signal)
+    try:
+        yield told
+    finally:
+        restore()

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,12 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from caption_ray import cluster, storage
-from caption_ray.config import Config, DataConfig, EncoderConfig, from_dict, require
-from caption_ray.data import features
+from caption_ray.config import Config, DataConfig, EncoderConfig, require
+from caption_ray.data import feature_shards, receipts
 from caption_ray.data.dataset import DataSet, FeatureFile, ShardFile, Unit, open_shards
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
-from caption_ray.data.reading import Pieces
+from caption_ray.data.read_tasks import SliceSource
 from caption_ray.data.shards import Shard
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.encoder import Encoder, build_encoder, to_tensor
@@ -42,9 +41,6 @@ ABOUT_FILE = "about.json"
 
 BATCH_SIZE = 32
 """Pictures that the encoder sees at a time."""
-
-RECEIPT_THREADS = 16
-"""Receipts that are read at a time."""
 
 
 def is_wanted(config: Config) -> bool:
@@ -110,7 +106,7 @@ def with_features(
     about = _about(dataset, encoder, config)
     folder = storage.join(dataset.uri, FOLDER, _key(about))
     wanted = {split: _units(dataset, split, limit) for split, limit in limits.items()}
-    found = {split: _receipts(storage.join(folder, split)) for split in wanted}
+    found = {split: receipts.read_all(storage.join(folder, split), Shard) for split in wanted}
     missing = {
         split: [number for number in numbers if _name(number) not in found[split]]
         for split, numbers in wanted.items()
@@ -146,13 +142,13 @@ def _about(dataset: DataSet, encoder: Encoder, config: EncoderConfig) -> dict[st
     for units in dataset.splits.values():
         for unit in units:
             assert isinstance(unit, ShardFile)
-            pictures.update(unit.shard.digest.encode())
+            pictures.update(unit.shard.checksum.encode())
     weights = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.cpu().contiguous().numpy().tobytes())
     return {
-        "format": features.FORMAT,
+        "format": feature_shards.FORMAT,
         "pictures": pictures.hexdigest(),
         "encoder": config.name,
         "weights": weights.hexdigest(),
@@ -169,23 +165,12 @@ def _key(about: Mapping[str, Any]) -> str:
 
 def _units(dataset: DataSet, split: str, limit: int | None) -> list[int]:
     """Numbers of the units that hold the first `limit` pictures."""
-    pieces = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
-    return [piece.shard for piece in pieces]
+    slices = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
+    return [shard_slice.shard for shard_slice in slices]
 
 
 def _name(number: int) -> str:
     return f"{number:05d}"
-
-
-def _receipts(folder: str) -> dict[str, Shard]:
-    """The finished feature shards of a split, by name."""
-    uris = [uri for uri in storage.list_files(folder) if uri.endswith(".json")]
-    with ThreadPoolExecutor(RECEIPT_THREADS) as threads:
-        read = list(threads.map(storage.read_bytes, uris))
-    return {
-        storage.name(uri).removesuffix(".json"): from_dict(Shard, json.loads(data), uri)
-        for uri, data in zip(uris, read, strict=True)
-    }
 
 
 # The job --------------------------------------------------------------------------------------
@@ -202,29 +187,29 @@ def _encode(
     """Encode these units of a split; name and receipt of each feature shard as it is finished."""
     if not numbers:
         return
-    pieces = [
-        piece
-        for piece in plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None)
-        if piece.shard in set(numbers)
+    slices = [
+        shard_slice
+        for shard_slice in plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None)
+        if shard_slice.shard in set(numbers)
     ]
-    names = {piece.first: _name(piece.shard) for piece in pieces}
+    names = {shard_slice.first: _name(shard_slice.shard) for shard_slice in slices}
     # captions come as text, whole; words play no part here
     untouched = DataConfig(captions_per_image=1, min_crop=1.0, flip=False)
     prepare = Preparation(config, untouched, Vocabulary([]), None, with_captions=True)
     gpus = cluster.num_gpus()
     # On CPUs, equal claims let Ray Data read and encode in one process; if it does not, both find
     # room.
-    actors = min(len(pieces), gpus or max(1, int(cluster.num_cpus())))
+    actors = min(len(slices), gpus or max(1, int(cluster.num_cpus())))
     resources = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.5}
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = None  # a block is a shard: it is written as a whole
     with ray.data.DataContext.current(context):
         blocks = ray.data.read_datasource(
-            Pieces(dataset.splits[split], pieces, prepare, block_rows=None),
-            override_num_blocks=len(pieces),
+            SliceSource(dataset.splits[split], slices, prepare, block_rows=None),
+            override_num_blocks=len(slices),
             ray_remote_args={"num_cpus": 1 if gpus else 0.5},
         )
-        receipts = blocks.map_batches(
+        finished = blocks.map_batches(
             _Encode,
             batch_size=None,
             batch_format="numpy",
@@ -232,13 +217,11 @@ def _encode(
             compute=ActorPoolStrategy(size=actors),
             **resources,
         )
-        try:
-            for row in receipts.iter_rows():
+        with cluster.original_errors():
+            for row in finished.iter_rows():
                 if row["error"] is not None:
                     raise row["error"]
-                yield row["name"], Shard(row["file"], row["rows"], row["bytes"], row["digest"])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause or error from None  # the reason, without the stack of the worker
+                yield row["name"], Shard(row["file"], row["rows"], row["bytes"], row["checksum"])
 
 
 class _Encode:
@@ -265,18 +248,17 @@ class _Encode:
         return {key: [value] for key, value in found.items()}
 
     def _write(self, name: str, block: dict[str, Any]) -> Shard:
-        data = features.to_bytes(
-            self._regions(block["image"]),
+        data = feature_shards.to_bytes(
+            self._regions(block["inputs"]),
             block["image_id"],
-            [json.loads(text) if text else [] for text in block["captions"]],
+            [json.loads(text) if text else [] for text in block["captions_json"]],
             list(block["error"]),
         )
-        digest = storage.checksum(data)
+        checksum = storage.checksum(data)
         # named by its content: who makes the same at the same time may get other last bits
-        shard = Shard(f"{name}-{digest[:12]}.arrow", len(block["number"]), len(data), digest)
+        shard = Shard(f"{name}-{checksum[:12]}.arrow", len(block["number"]), len(data), checksum)
         storage.write_bytes(storage.join(self.folder, shard.file), data)
-        receipt = json.dumps(dataclasses.asdict(shard), indent=1)
-        storage.write_bytes(storage.join(self.folder, f"{name}.json"), receipt.encode())
+        receipts.write(storage.join(self.folder, f"{name}.json"), shard)
         return shard
 
     @torch.inference_mode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,23 +13,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from caption_ray.config import Config
-from caption_ray.data.dataset import DataSet, FeatureFile
+from caption_ray.data.dataset import DataSet
 from caption_ray.data.pipeline import Batch, TooManyBadImages, batches
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.training import loop
-
-
-@dataclass
-class Fed:
-    """What a step is fed with."""
-
-    example: loop.Example
-    numbers: NDArray[np.int64]
-    """Numbers of its pictures in the training split; none for a stand-in."""
-    captions: list[list[str]]
-    """What people wrote of each of its pictures."""
 
 
 class Feed:
@@ -73,7 +62,7 @@ class Feed:
         share = math.ceil(self.num_pictures(consumed) / self.world_size)
         return math.ceil(share / self.config.train.batch_size)
 
-    def training(self, epoch: int) -> Iterator[Fed]:
+    def training(self, epoch: int) -> Iterator[loop.DeviceBatch]:
         """What is left of an epoch, shuffled and augmented, in equally many steps on every rank."""
         stream = self._batches("train", epoch)
         for _ in range(self.num_steps(self.ledger)):
@@ -81,9 +70,9 @@ class Feed:
             batch = next(stream, None)
             if batch is not None:
                 self._note_errors(batch.errors, epoch)
-            fed = self._to_fed(batch)
+            on_device = self.to_device(batch)
             self._waited += time.perf_counter() - asked
-            yield fed
+            yield on_device
         assert next(stream, None) is None
 
     def validation(self) -> Iterator[Batch]:
@@ -93,17 +82,19 @@ class Feed:
     def samples(self, count: int) -> tuple[NDArray[np.uint8], list[str]]:
         """The first pictures of the validation split, at most `count`, to look at: uint8
         (count, S, S, 3), and one caption of each that a person wrote."""
-        unit = self.dataset.splits["val"][0]
-        pictures = unit.pictures if isinstance(unit, FeatureFile) else unit
+        pictures = self.dataset.splits["val"][0].pictures
         prepare = self._preparation(None)
         rows = [prepare(row, number) for number, row in enumerate(pictures.read()[:count])]
         references = [self.vocabulary.decode(row["tokens"][0].tolist()) for row in rows]
-        return np.stack([row["image"] for row in rows]), references
+        return np.stack([row["inputs"] for row in rows]), references
 
-    def to_example(self, batch: Batch | None) -> loop.Example:
-        """The batch on the device; None gives a stand-in that weighs nothing."""
-        images, tokens = (batch.images, batch.tokens) if batch is not None else (None, None)
-        return loop.to_example(images, tokens, self.config.model.encoder.image_size, self.device)
+    def to_device(self, batch: Batch | None) -> loop.DeviceBatch:
+        """The batch on the device; None gives a stand-in without weight."""
+        size = self.config.model.encoder.image_size
+        if batch is None:
+            return loop.to_device(None, None, size, self.device)
+        moved = loop.to_device(batch.inputs, batch.tokens, size, self.device)
+        return replace(moved, numbers=batch.numbers, captions=batch.captions)
 
     def seen(self, numbers: NDArray[np.int64]) -> None:
         """Note in the ledger that these pictures were learnt from."""
@@ -126,17 +117,12 @@ class Feed:
             dist.all_reduce(ledger, op=dist.ReduceOp.MAX)
         return ledger.bool().cpu().numpy()
 
-    def _to_fed(self, batch: Batch | None) -> Fed:
-        if batch is None:
-            return Fed(self.to_example(None), np.empty(0, np.int64), [])
-        return Fed(self.to_example(batch), batch.numbers, batch.captions)
-
     def _batches(self, split: str, epoch: int | None) -> Iterator[Batch]:
         """Shuffled, augmented and without what the ledger holds for training (epoch given), as
         stored for validation."""
         train, data = self.config.train, self.config.data
         shuffle = None if epoch is None else (train.seed, epoch)
-        pieces = plan_epoch(
+        slices = plan_epoch(
             self.dataset.rows(split),
             rank=self.rank,
             world_size=self.world_size,
@@ -146,7 +132,7 @@ class Feed:
         )
         return batches(
             self.dataset.splits[split],
-            pieces,
+            slices,
             self._preparation(shuffle),
             batch_size=train.batch_size,
             cpus=self.decode_cpus,

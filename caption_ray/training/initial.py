@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from caption_ray import storage
+from caption_ray.captioning import checkpoint
 from caption_ray.config import Config, EncoderConfig
 from caption_ray.model.captioner import Captioner, build_captioner
 from caption_ray.model.encoder import Encoder, build_encoder, is_weights_uri
-from caption_ray.training import checkpoint
 
 
 def initial_captioner(config: Config, vocab_size: int) -> Captioner:

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from caption_ray import storage
+from caption_ray.captioning import run_folder, tracking
 from caption_ray.config import Config
-from caption_ray.training import loop, tracking
-from caption_ray.training.console import Console
+from caption_ray.training import loop
 
-HISTORY_FILE = "history.json"
-
-
-def read_history(run: str) -> list[dict[str, float]]:
-    """The logged points of a run: step, epoch and metrics; empty for a new run."""
-    try:
-        history: list[dict[str, float]] = json.loads(
-            storage.read_bytes(storage.join(run, HISTORY_FILE))
-        )
-        return history
-    except FileNotFoundError:
-        return []
+if TYPE_CHECKING:
+    from caption_ray.training.console import Console
 
 
 class Journal:
@@ -43,7 +33,9 @@ class Journal:
     def open(self, step: int, tracker_id: str | None) -> None:
         """Go on with the run's history up to `step`, on the tracker's page of that id. For the
         rank that writes."""
-        self.history = [point for point in read_history(self.run) if point["step"] <= step]
+        self.history = [
+            point for point in run_folder.read_history(self.run) if point["step"] <= step
+        ]
         self._folder = Path(self.run if storage.is_local(self.run) else tempfile.mkdtemp())
         self.tracker = tracking.start(self.config, self._folder, tracker_id)
 
@@ -163,10 +155,6 @@ class Journal:
         """Close the tracker, and put its files and the history beside the checkpoints."""
         if self.tracker is not None:
             self.tracker.finish()
-            storage.write_bytes(storage.join(self.run, HISTORY_FILE), self.to_json())
+            run_folder.write_history(self.run, self.history)
             if not storage.is_local(self.run):
                 storage.upload(self._folder, self.run)
-
-    def to_json(self) -> bytes:
-        """The history, for HISTORY_FILE."""
-        return json.dumps(self.history).encode()

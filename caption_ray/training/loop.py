@@ -12,7 +12,7 @@ import contextlib
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from caption_ray.config import TrainConfig
 from caption_ray.model.decoder import END, PAD, START, DecoderOutput
-from caption_ray.model.encoder import as_tensor, to_tensor
+from caption_ray.model.encoder import to_inputs
 from caption_ray.model.loss import doubly_stochastic, token_loss
 
 
@@ -35,11 +35,11 @@ class NonFiniteLoss(RuntimeError):
 
 
 @dataclass
-class Example:
-    """What one step of one worker sees, on its device."""
+class DeviceBatch:
+    """What one step of one worker learns from, on its device."""
 
-    images: Tensor
-    """uint8 (B, 3, S, S), or what a frozen encoder made of them, float16 (B, N, E)"""
+    inputs: Tensor
+    """Pictures uint8 (B, 3, S, S), or a frozen encoder's features of them, float16 (B, N, E)"""
     tokens: Tensor
     """int64 (B, K, L), cut at the longest caption"""
     weight: float
@@ -48,6 +48,10 @@ class Example:
     """Real words, the ends of captions included, and"""
     num_captions: int | None = None
     """captions, where the host knows them"""
+    numbers: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Numbers of the pictures in the training split; none for a stand-in."""
+    captions: list[list[str]] = field(default_factory=list)
+    """What people wrote about each picture, where the stage needs it."""
 
 
 @dataclass
@@ -114,31 +118,27 @@ def gathered(items: list[str]) -> list[str]:
     return [item for one in lists for item in one]
 
 
-def to_example(
-    images: NDArray[np.uint8] | NDArray[np.float16] | Tensor | None,
+def to_device(
+    inputs: NDArray[np.uint8] | NDArray[np.float16] | Tensor | None,
     tokens: NDArray[np.int32] | None,
     image_size: int,
     device: torch.device,
-) -> Example:
-    """Arrays of a batch (see `Batch`) as tensors on the device; None gives a stand-in that weighs
-    nothing."""
+) -> DeviceBatch:
+    """The arrays of a `Batch` as tensors on the device; None gives a stand-in without weight."""
     weight = 1.0
-    if images is None or tokens is None or not (tokens[..., 1:] != PAD).any():
+    if inputs is None or tokens is None or not (tokens[..., 1:] != PAD).any():
         # every parameter still takes part, so that DDP's all-reduce does not wait for ever
-        images = np.zeros((1, image_size, image_size, 3), np.uint8)
+        inputs = np.zeros((1, image_size, image_size, 3), np.uint8)
         tokens = np.array([[[START, END]]], np.int32)
         weight = 0.0
     longest = int((tokens != PAD).any((0, 1)).nonzero()[0].max()) + 1
-    on_host = [
-        as_tensor(images) if images.dtype == np.float16 else to_tensor(images),
-        torch.tensor(tokens[..., :longest]),
-    ]
+    on_host = [to_inputs(inputs), torch.tensor(tokens[..., :longest])]
     if device.type == "cuda":
         on_host = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in on_host]
     on_device = [tensor.to(device, non_blocking=True) for tensor in on_host]
     real = tokens[..., 1:] != PAD
     counts = int(real.sum()), int(real.any(-1).sum())
-    return Example(on_device[0], on_device[1].long(), weight, *counts)
+    return DeviceBatch(on_device[0], on_device[1].long(), weight, *counts)
 
 
 def learning_rate_factor(
@@ -223,7 +223,7 @@ def _has_bfloat16_units(device: torch.device) -> bool:
 
 def train_step(
     model: nn.Module,
-    example: Example,
+    batch: DeviceBatch,
     optimizer: Optimizer,
     settings: TrainConfig,
     autocast: torch.dtype | None = None,
@@ -237,12 +237,12 @@ def train_step(
     """
     parts = list(
         zip(
-            example.images.chunk(settings.accumulation),
-            example.tokens.chunk(settings.accumulation),
+            batch.inputs.chunk(settings.accumulation),
+            batch.tokens.chunk(settings.accumulation),
             strict=True,
         )
     )
-    counts = _counts(example)
+    counts = _counts(batch)
     shared = counts.reduced()
     nll = torch.zeros_like(counts.nll)
     per_word = 1 / shared.words.clamp(min=1)
@@ -251,7 +251,7 @@ def train_step(
     for number, (images, tokens) in enumerate(parts):
         last = number == len(parts) - 1
         wait = isinstance(model, DistributedDataParallel) and not last
-        num_words = example.num_words if len(parts) == 1 else None
+        num_words = batch.num_words if len(parts) == 1 else None
         with model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
             with _autocast(images, autocast):
                 output: DecoderOutput = model(images, tokens, own_words, num_words)
@@ -262,18 +262,18 @@ def train_step(
             if settings.attention_regularization > 0:
                 spread, _ = doubly_stochastic(output.attention, output.mask)
                 loss = loss + per_caption * spread
-            backward(loss, example)
-        nll += example.weight * part_nll.detach()
+            backward(loss, batch)
+        nll += batch.weight * part_nll.detach()
     norm = take_step(optimizer, settings)
     counts.nll.copy_(nll)
     return counts, norm
 
 
-def backward(loss: Tensor, example: Example) -> None:
+def backward(loss: Tensor, batch: DeviceBatch) -> None:
     """Add the gradients of this worker's part of a loss that is summed over the workers."""
     # DDP averages gradients over the workers where a sum is wanted
     workers = dist.get_world_size() if dist.is_initialized() else 1
-    (loss * (example.weight * workers)).backward()  # type: ignore[no-untyped-call]
+    (loss * (batch.weight * workers)).backward()  # type: ignore[no-untyped-call]
 
 
 def take_step(optimizer: Optimizer, settings: TrainConfig) -> Tensor:
@@ -292,17 +292,17 @@ def own_words(settings: TrainConfig, epoch: int) -> float:
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, examples: Iterable[Example], autocast: torch.dtype | None = None
+    model: nn.Module, batches: Iterable[DeviceBatch], autocast: torch.dtype | None = None
 ) -> Sums | None:
     """Sums over this worker's share of the validation split; None if it is empty."""
     model.eval()
     total: Sums | None = None
-    for example in examples:
-        counts = _counts(example)
-        with _autocast(example.images, autocast):
-            output = model(example.images, example.tokens, 0.0, example.num_words)
-        _, nll = token_loss(output.logits, output.targets(example.tokens))
-        counts.nll.copy_(example.weight * nll)
+    for batch in batches:
+        counts = _counts(batch)
+        with _autocast(batch.inputs, autocast):
+            output = model(batch.inputs, batch.tokens, 0.0, batch.num_words)
+        _, nll = token_loss(output.logits, output.targets(batch.tokens))
+        counts.nll.copy_(batch.weight * nll)
         total = total or Sums.zero(nll.device)
         total.add(counts)
     model.train()
@@ -327,15 +327,15 @@ def _autocast(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def _counts(example: Example) -> Sums:
+def _counts(batch: DeviceBatch) -> Sums:
     """What is known before the forward pass."""
-    device, images = example.tokens.device, example.images.shape[0]
-    if example.num_words is None or example.num_captions is None:
-        real = example.tokens[..., 1:] != PAD
+    device, images = batch.tokens.device, batch.inputs.shape[0]
+    if batch.num_words is None or batch.num_captions is None:
+        real = batch.tokens[..., 1:] != PAD
         words, captions = int(real.sum()), int(real.any(-1).sum())
     else:
-        words, captions = example.num_words, example.num_captions
-    counts = torch.tensor([0, words, captions, images, 0], dtype=torch.float64) * example.weight
+        words, captions = batch.num_words, batch.num_captions
+    counts = torch.tensor([0, words, captions, images, 0], dtype=torch.float64) * batch.weight
     if device.type == "cuda":
         counts = counts.pin_memory()
     return Sums(*counts.to(device, non_blocking=True))

@@ -12,8 +12,8 @@ import ray
 from numpy.typing import NDArray
 
 from caption_ray import cluster
+from caption_ray.captioning.metrics import CiderD
 from caption_ray.data.dataset import DataSet, Unit
-from caption_ray.evaluation.metrics import CiderD
 from caption_ray.training.self_critical import Captions, Rewards, as_scored
 
 

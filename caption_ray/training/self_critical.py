@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from caption_ray.captioning.metrics import CiderD
 from caption_ray.config import TrainConfig
 from caption_ray.data.tokenizer import tokenize
-from caption_ray.evaluation.metrics import CiderD
 from caption_ray.model.captioner import Captioner
 from caption_ray.model.decoder import END, PAD, START
 from caption_ray.model.search import sample
@@ -94,8 +94,7 @@ def log_likelihood(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 def train_step(
     model: nn.Module,
     captioner: Captioner,
-    example: loop.Example,
-    captions: Captions,
+    batch: loop.DeviceBatch,
     score: Score,
     optimizer: Optimizer,
     settings: TrainConfig,
@@ -105,22 +104,22 @@ def train_step(
 ) -> tuple[loop.Sums, Tensor, float]:
     """One optimizer step on this worker's share of the batch.
 
-    model: `captioner`, plain or wrapped in DDP, in the mode of `as_policy`. `captions` of the
-    pictures of the example; generator: on the example's device. Returns this worker's sums and the
+    model: `captioner`, plain or wrapped in DDP, in the mode of `as_policy`. generator: on the
+    batch's device. Returns this worker's sums and the
     gradients' norm before clipping, both still on the device, and the seconds spent waiting for
     scores.
     """
-    device = example.images.device
+    device = batch.inputs.device
     mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
     with mixed, torch.no_grad():
-        regions = captioner.encode(example.images)
+        regions = captioner.encode(batch.inputs)
         drawn = draw(captioner, regions, settings.samples_per_image, max_length, generator)
-    waiting = score(drawn.cpu().numpy(), captions) if example.weight else None
+    waiting = score(drawn.cpu().numpy(), batch.captions) if batch.weight else None
     start = torch.full((*drawn.shape[:2], 1), START, device=device)
     tokens = torch.cat([start, drawn], dim=-1)  # (B, K, L)
     frozen = not any(parameter.requires_grad for parameter in captioner.encoder.parameters())
     with mixed:
-        output = model(regions if frozen else example.images, tokens)
+        output = model(regions if frozen else batch.inputs, tokens)
     likelihood = log_likelihood(output.logits, drawn[output.mask], output.mask)  # (B, K)
 
     asked = time.perf_counter()
@@ -134,11 +133,11 @@ def train_step(
         *torch.stack([
             -likelihood.detach().sum(), output.mask.sum(), none + likelihood.numel(),
             none + len(drawn), rewards.sum(),
-        ]).double() * example.weight
+        ]).double() * batch.weight
     )  # fmt: skip
     optimizer.zero_grad(set_to_none=True)
     loss = -(advantages(rewards) * likelihood).sum() / sums.reduced().captions.clamp(min=1)
-    loop.backward(loss, example)
+    loop.backward(loss, batch)
     return sums, loop.take_step(optimizer, settings), waited
 
 

@@ -23,23 +23,14 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from caption_ray import cluster, storage
-from caption_ray.config import Config, from_dict, require, to_dict
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.config import Config, require, to_dict
 from caption_ray.data.dataset import DataSet, open_shards, open_source
 from caption_ray.data.ingest import ensure_shapes
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.training import (
-    checkpoint,
-    console,
-    feature_cache,
-    rewards,
-    stopping,
-    validation,
-)
+from caption_ray.training import console, feature_cache, rewards, validation
 from caption_ray.training.initial import initial_captioner
-from caption_ray.training.journal import read_history
-from caption_ray.training.worker import FAILURE_FILE, Job, work
-
-CONFIG_FILE, VOCABULARY_FILE, DATA_FILE = "config.json", "vocabulary.json", "data.json"
+from caption_ray.training.worker import Assignment, work
 
 
 class RunError(RuntimeError):
@@ -95,7 +86,7 @@ def train(config: Config) -> Finished:
         flush=True,
     )
     resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if gpus else {})
-    storage.delete(storage.join(run, FAILURE_FILE))
+    run_folder.forget_failure(run)
     pictures = shared = ray.put(dataset)
     if reads_features:
         shared = ray.put(_with_features(config, dataset, len(vocabulary)))
@@ -108,7 +99,9 @@ def train(config: Config) -> Finished:
     with console.shown() as shown:
         trainer = TorchTrainer(
             work,
-            train_loop_config={"job": Job(config, run, shared, vocabulary, shown, cider)},
+            train_loop_config={
+                "assignment": Assignment(config, run, shared, vocabulary, shown, cider)
+            },
             torch_config=TorchConfig(
                 backend=None if config.train.backend == "auto" else config.train.backend
             ),
@@ -129,7 +122,7 @@ def train(config: Config) -> Finished:
         )
         while not _fit(trainer, run, shown):
             shown.say("The workers' last lives are used up, but they got further: starting anew")
-    return Finished(run, checkpoint.find(run, "best"), read_history(run), dataset.uri)
+    return Finished(run, run_folder.find(run), run_folder.read_history(run), dataset.uri)
 
 
 def _fit(trainer: TorchTrainer, run: str, shown: console.Console) -> bool:
@@ -140,22 +133,23 @@ def _fit(trainer: TorchTrainer, run: str, shown: console.Console) -> bool:
     # Ray's own record of checkpoints would be restored under the same name, and fails where one
     # of them was pruned or Ray is newer; `latest.json` is the only truth about a run
     storage.delete(storage.join(run, "checkpoint_manager_snapshot.json"))
-    checkpoint.release_all(run)
+    run_folder.release_all(run)
     storage.delete_partial(run)
-    before = checkpoint.latest_step(run)
+    before = run_folder.latest_step(run)
     complete, failed = False, None
     try:
-        complete = stopping.call_until_told_to_stop(trainer.fit, shown.stop).return_value
+        complete = console.call_until_told_to_stop(trainer.fit, shown.stop).return_value
     except TrainingFailedError as error:
         failed = error
-    if storage.exists(storage.join(run, FAILURE_FILE)):
-        raise RunError(storage.read_text(storage.join(run, FAILURE_FILE)))
-    if failed is not None and checkpoint.latest_step(run) == before:
+    reason = run_folder.failure(run)
+    if reason is not None:
+        raise RunError(reason)
+    if failed is not None and run_folder.latest_step(run) == before:
         raise failed
     if failed is None and not complete:
         raise Stopped(
-            f"Stopped; {checkpoint.find(run)} holds all that was learnt: the same command with "
-            f"--run.name {storage.name(run)} goes on"
+            f"Stopped; {run_folder.find(run, 'latest')} holds all that was learnt: the same "
+            f"command with --run.name {storage.name(run)} goes on"
         )
     return complete
 
@@ -163,12 +157,13 @@ def _fit(trainer: TorchTrainer, run: str, shown: console.Console) -> bool:
 def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
     """The words of the data set, or of the checkpoint that the run starts from."""
     if config.train.start_from is not None:
-        started = checkpoint.load(config.train.start_from)
-        if started.members:
+        members = checkpoint.members(config.train.start_from)
+        if len(members) > 1:
             raise ValueError(
                 f"--train.start-from {config.train.start_from}: weights come from one checkpoint, "
-                f"not from {len(started.members)}; name one"
+                f"not from {len(members)}; name one"
             )
+        started = checkpoint.read_about(config.train.start_from)
         differs = checkpoint.differences(started.model, config.model)
         if differs:
             raise ValueError(
@@ -243,7 +238,7 @@ def _settle(config: Config) -> Config:
     )
     train = config.train
     if train.start_from is not None:
-        train = replace(train, start_from=checkpoint.find(train.start_from, "best"))
+        train = replace(train, start_from=run_folder.find(train.start_from))
     encoder = config.model.encoder
     if (
         encoder.weights == "none"
@@ -265,12 +260,9 @@ def _shapes(config: Config) -> tuple[int, int, int]:
 def _settle_run(config: Config, run: str, dataset: DataSet, vocabulary: Vocabulary) -> bool:
     """Write configuration, vocabulary and the data set's digest into the run's folder, or check
     that those which are there fit; returns whether the run had begun before."""
-    saved = storage.join(run, CONFIG_FILE)
-    resumed = storage.exists(storage.join(run, "latest.json"))
+    resumed = run_folder.has_begun(run)
     if resumed:
-        old = from_dict(Config, json.loads(storage.read_bytes(saved)), saved)
-        words = storage.read_text(storage.join(run, VOCABULARY_FILE))
-        data = json.loads(storage.read_bytes(storage.join(run, DATA_FILE)))
+        old = run_folder.read_config(run)
         differs = [
             name
             for name, same in {
@@ -278,8 +270,9 @@ def _settle_run(config: Config, run: str, dataset: DataSet, vocabulary: Vocabula
                 "data.shards": old.data.shards == config.data.shards,
                 "data.source": old.data.source == config.data.source,
                 "data.shapes-*": _shapes(old) == _shapes(config),
-                "the data set, which changed since": data["digest"] == dataset.digest,
-                "the vocabulary": Vocabulary.from_json(words, run).words == vocabulary.words,
+                "the data set, which changed since": run_folder.read_data(run)["digest"]
+                == dataset.digest,
+                "the vocabulary": run_folder.read_vocabulary(run).words == vocabulary.words,
             }.items()
             if not same
         ]
@@ -288,8 +281,6 @@ def _settle_run(config: Config, run: str, dataset: DataSet, vocabulary: Vocabula
                 f"--run.name {config.run.name}: the run in {run} differs in {', '.join(differs)}; "
                 "give another --run.name to start anew, or the settings of its config.json"
             )
-    storage.write_bytes(saved, json.dumps(to_dict(config), indent=1).encode())
-    storage.write_bytes(storage.join(run, VOCABULARY_FILE), vocabulary.to_json().encode())
     known = {"uri": dataset.uri, "digest": dataset.digest}
-    storage.write_bytes(storage.join(run, DATA_FILE), json.dumps(known, indent=1).encode())
+    run_folder.begin(run, config, vocabulary, known)
     return resumed

@@ -19,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from caption_ray import cluster, storage
+from caption_ray import cluster
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning.checkpoint import State
 from caption_ray.config import Config
 from caption_ray.data.dataset import DataSet
 from caption_ray.data.pipeline import TooManyBadImages
@@ -27,16 +29,13 @@ from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner
 from caption_ray.model.encoder import to_tensor
 from caption_ray.model.search import generate
-from caption_ray.training import checkpoint, loop, self_critical, validation
-from caption_ray.training.checkpoint import State
+from caption_ray.training import loop, self_critical, validation
 from caption_ray.training.console import Console
-from caption_ray.training.feed import Fed, Feed
+from caption_ray.training.feed import Feed
 from caption_ray.training.initial import initial_captioner
 from caption_ray.training.interruption import Interruptions, Wish
-from caption_ray.training.journal import HISTORY_FILE, Journal
+from caption_ray.training.journal import Journal
 from caption_ray.training.rewards import RemoteRewards
-
-FAILURE_FILE = "failure.txt"
 
 UPLOADS = 2
 """Checkpoints on their way at a time: the one that is written, and the next."""
@@ -46,8 +45,8 @@ PERMANENT = (ValueError, TooManyBadImages, loop.NonFiniteLoss)
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that a worker is told."""
+class Assignment:
+    """What the driver hands to each worker."""
 
     config: Config
     run: str
@@ -62,15 +61,15 @@ class Job:
 
 def work(loop_config: dict[str, Any]) -> bool:
     """The training function that Ray Train runs on every worker; whether the run is complete."""
-    job: Job = loop_config["job"]
-    if storage.exists(storage.join(job.run, FAILURE_FILE)):
+    assignment: Assignment = loop_config["assignment"]
+    if run_folder.failure(assignment.run) is not None:
         return False
     try:
-        return _train(_Worker(job))
+        return _train(_Worker(assignment))
     except PERMANENT as error:
         # Ray Train starts workers anew after any error; these find the reason and end at once
         message = f"{type(error).__name__}: {error}"
-        storage.write_bytes(storage.join(job.run, FAILURE_FILE), message.encode())
+        run_folder.write_failure(assignment.run, message)
         raise
 
 
@@ -79,8 +78,8 @@ def _train(worker: _Worker) -> bool:
     config = worker.config.train
     while worker.epoch < config.epochs and not worker.is_stale():
         worker.begin_epoch()
-        for fed in worker.feed.training(worker.epoch):
-            worker.step(fed)
+        for batch in worker.feed.training(worker.epoch):
+            worker.step(batch)
             if (worker.step_in_epoch - 1) % config.log_every == 0:
                 worker.log()
             wish = worker.interruptions.granted()
@@ -99,8 +98,8 @@ def _train(worker: _Worker) -> bool:
 class _Worker:
     """One training process: its model, its pictures and where it stands."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.config = job, job.config
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment, self.config = assignment, assignment.config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.is_chief = self.rank == 0
@@ -116,11 +115,11 @@ class _Worker:
         cluster.configure_data()
         # one of Ray Train's loggers is named after a file, so that LoggingConfig misses it
         logging.getLogger().setLevel(logging.WARNING)
-        dataset: DataSet = ray.get(job.dataset)
+        dataset: DataSet = ray.get(assignment.dataset)
         self.feed = Feed(
             self.config,
             dataset,
-            job.vocabulary,
+            assignment.vocabulary,
             rank=self.rank,
             world_size=self.world_size,
             device=self.device,
@@ -133,16 +132,16 @@ class _Worker:
         """That of the newest checkpoint, or of the one that this run went on from."""
         self.metrics: dict[str, float] = {}
         self.validated: set[str] = set()
-        self.interruptions = Interruptions(job.console, self.config.train)
+        self.interruptions = Interruptions(assignment.console, self.config.train)
         self.uploads = threading.Semaphore(UPLOADS)
-        self.journal = Journal(self.config, job.run, job.console, self.device)
+        self.journal = Journal(self.config, assignment.run, assignment.console, self.device)
         self._build_model()
 
     def _build_model(self) -> None:
         """The captioner with its initial weights, the same on every rank, and what trains it."""
         train = self.config.train
         loop.set_determinism(train.seed, train.deterministic)
-        captioner = initial_captioner(self.config, len(self.job.vocabulary))
+        captioner = initial_captioner(self.config, len(self.assignment.vocabulary))
         self.captioner = captioner.to(self.device)
         self.model = ray.train.torch.prepare_model(self.captioner, move_to_device=self.device)
         self.average = loop.averaged(self.captioner, train.ema_decay)
@@ -156,8 +155,8 @@ class _Worker:
         )
         self.autocast = loop.autocast_dtype(train.precision, self.device)
         self.rewards = self.generator = None
-        if self.job.cider is not None:
-            self.rewards = RemoteRewards(self.job.cider, self.job.vocabulary.words)
+        if self.assignment.cider is not None:
+            self.rewards = RemoteRewards(self.assignment.cider, self.assignment.vocabulary.words)
             self.generator = torch.Generator(self.device)
 
     def _decode_cpus(self) -> float:
@@ -167,7 +166,7 @@ class _Worker:
         free = cluster.num_cpus() - reserved
         if free < 1:
             # in a run that had begun it is for lack of a node, which may come back
-            begun = checkpoint.latest_step(self.job.run) > 0
+            begun = run_folder.latest_step(self.assignment.run) > 0
             raise (RuntimeError if begun else ValueError)(
                 f"--train.num-workers {self.world_size} x --train.cpus-per-worker "
                 f"{self.config.train.cpus_per_worker} leave {free:g} of the cluster's CPUs for "
@@ -194,10 +193,10 @@ class _Worker:
     def resume(self) -> None:
         """Go on from the run's latest checkpoint if there is one."""
         tracker_id = None
-        begun = self.is_chief and storage.exists(storage.join(self.job.run, "latest.json"))
+        begun = self.is_chief and run_folder.has_begun(self.assignment.run)
         # all from the one that the chief finds: an upload from a host that was cut off may still
         # move the pointer
-        found = loop.gathered([checkpoint.find(self.job.run)] if begun else [])
+        found = loop.gathered([run_folder.find(self.assignment.run, "latest")] if begun else [])
         uri = found[0] if found else None
         if uri is not None:
             resumed = checkpoint.load_for_resume(uri, self.captioner, self.device)
@@ -215,7 +214,7 @@ class _Worker:
             self.pictures = state.pictures if self.is_chief else 0
         if self.is_chief:
             self.journal.open(self.total_steps, tracker_id)
-            self.validated = set(validation.collect(self.job.run, ()))
+            self.validated = set(run_folder.read_validations(self.assignment.run))
         if uri is not None:
             place = f"epoch {self.epoch + 1}, step {self.total_steps}"
             self.journal.say(f"Resumed from {uri} ({place}) with {self.world_size} worker(s)")
@@ -238,12 +237,12 @@ class _Worker:
         stale = patience is not None and validation.stale(self.journal.history) >= patience
         if loop.summed(float(stale and self.is_chief), self.device) == 0:
             return False
-        self.journal.say(f"No better {checkpoint.CRITERION} in {patience} validations: stopping")
+        self.journal.say(f"No better {run_folder.CRITERION} in {patience} validations: stopping")
         return True
 
     # Steps ------------------------------------------------------------------------------------
 
-    def step(self, fed: Fed) -> None:
+    def step(self, batch: loop.DeviceBatch) -> None:
         """One optimizer step, noted in the ledger."""
         train = self.config.train
         total = self.steps_per_epoch * train.epochs
@@ -253,12 +252,12 @@ class _Worker:
         if self.rewards is None:
             own_words = loop.own_words(train, self.epoch)
             sums, norm = loop.train_step(
-                self.model, fed.example, self.optimizer, train, self.autocast, own_words
+                self.model, batch, self.optimizer, train, self.autocast, own_words
             )
         else:
             assert self.generator is not None
             sums, norm, waited = self_critical.train_step(
-                self.model, self.captioner, fed.example, fed.captions, self.rewards,
+                self.model, self.captioner, batch, self.rewards,
                 self.optimizer, train, self.config.search.max_length,
                 self.generator.manual_seed(seed), self.autocast,
             )  # fmt: skip
@@ -267,14 +266,14 @@ class _Worker:
             self.average.update_parameters(self.captioner)
         self.journal.wait("data", self.feed.take_wait())
         self.journal.note(sums, norm)
-        self.feed.seen(fed.numbers)
-        self.pictures += len(fed.numbers)
+        self.feed.seen(batch.numbers)
+        self.pictures += len(batch.numbers)
         self.total_steps += 1
         self.step_in_epoch += 1
         self.place += 1
         if self.is_chief:
             title = f"epoch {self.epoch + 1}/{train.epochs}"
-            self.job.console.progress(title, self.step_in_epoch, self.steps_this_epoch)
+            self.assignment.console.progress(title, self.step_in_epoch, self.steps_this_epoch)
 
     def log(self) -> None:
         """A line, and a point in the tracker."""
@@ -300,8 +299,8 @@ class _Worker:
         self.checkpoint(to_validate=True)
 
     def _validation_loss(self) -> dict[str, float]:
-        examples = (self.feed.to_example(batch) for batch in self.feed.validation())
-        sums = loop.validate(self.learnt, examples, self.autocast)
+        batches = (self.feed.to_device(batch) for batch in self.feed.validation())
+        sums = loop.validate(self.learnt, batches, self.autocast)
         total = (sums or loop.Sums.zero(self.device)).reduced()
         if self.is_chief and self.config.train.sample_captions:
             self._show_captions(*self.feed.samples(self.config.train.sample_captions))
@@ -311,7 +310,7 @@ class _Worker:
         search = replace(self.config.search, beam_size=1, temperature=0.0)
         self.learnt.eval()
         found = generate(self.learnt, to_tensor(images).to(self.device), search, 1)
-        captions = [self.job.vocabulary.decode(line) for line in found.tokens[:, 0].tolist()]
+        captions = [self.assignment.vocabulary.decode(line) for line in found.tokens[:, 0].tolist()]
         assert self.journal.tracker is not None
         self.journal.tracker.log_captions(images, captions, references, self.total_steps)
 
@@ -319,16 +318,18 @@ class _Worker:
         """Write down what the validations that ended since the last call have found."""
         if not self.is_chief:
             return
-        for name, found in sorted(validation.collect(self.job.run, self.validated).items()):
+        for name, found in sorted(
+            run_folder.read_validations(self.assignment.run, self.validated).items()
+        ):
             self.validated.add(name)
-            step = checkpoint.step_of(name)
+            step = run_folder.step_of(name)
             if "error" in found:
                 self.journal.say(f"Validation of {name} failed: {found['error']}")
                 continue
             # in the order of steps, like all that is recorded: it belongs to an earlier one
             self.journal.record({**found, "val/step": float(step)}, self.total_steps)
             self.journal.say(
-                f"Step {step} {checkpoint.CRITERION} {found[checkpoint.CRITERION]:.4f} "
+                f"Step {step} {run_folder.CRITERION} {found[run_folder.CRITERION]:.4f} "
                 f"({found['val/seconds']:.0f} s)"
             )
 
@@ -354,7 +355,7 @@ class _Worker:
         saved = None
         if self.is_chief:
             self.uploads.acquire()
-            folder = tempfile.mkdtemp(prefix=checkpoint.PREFIX)
+            folder = tempfile.mkdtemp(prefix=run_folder.PREFIX)
             extra: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
             if self.average is not None:
                 extra["weights"] = self.captioner.state_dict()
@@ -362,7 +363,7 @@ class _Worker:
             checkpoint.save(
                 Path(folder),
                 self.learnt,
-                self.job.vocabulary,
+                self.assignment.vocabulary,
                 self.config.model,
                 self.config.search,
                 state,
@@ -370,10 +371,10 @@ class _Worker:
                 seen,
             )
             saved = Checkpoint.from_directory(folder)
-        name = checkpoint.folder_name(self.total_steps)
+        name = run_folder.folder_name(self.total_steps)
         upload = _Upload(
-            self.job.run, state, self.config.train.keep_checkpoints, self.saved_step, to_validate,
-            self.journal.to_json(), self.uploads,
+            self.assignment.run, state, list(self.journal.history), self.uploads,
+            keep=self.config.train.keep_checkpoints, after=self.saved_step, to_validate=to_validate,
         )  # fmt: skip
         self.saved_step = self.total_steps
         ray.train.report(
@@ -404,16 +405,16 @@ class _Upload:
 
     run: str
     state: State
+    history: list[dict[str, float]]
+    slot: threading.Semaphore
     keep: int
     after: int
     to_validate: bool
-    history: bytes
-    slot: threading.Semaphore
 
     def __call__(self, saved: Checkpoint, name: str) -> Checkpoint:
         try:
-            storage.write_bytes(storage.join(self.run, HISTORY_FILE), self.history)
-            uri = checkpoint.commit(
+            run_folder.write_history(self.run, self.history)
+            uri = run_folder.commit(
                 Path(saved.path), self.run, self.state,
                 keep=self.keep, after=self.after, to_validate=self.to_validate,
             )  # fmt: skip

@@ -29,14 +29,14 @@ def _tiny(batch_size):
 def test_the_loader_brings_every_picture_once_as_ours_prepares_it(shards, workers):
     dataset, settings = open_shards(shards), _tiny(7)
     units = dataset.splits["train"]
-    pieces = plan_epoch([unit.rows for unit in units], rank=0, world_size=1, shuffle=(0, 0))
+    slices = plan_epoch([unit.rows for unit in units], rank=0, world_size=1, shuffle=(0, 0))
     words = Vocabulary.from_counts(dataset.word_counts, 1, None)
     prepare = Preparation(settings.model.encoder, settings.data, words, (0, 0))
-    epoch = plain.Epoch(units, pieces, prepare)
+    epoch = plain.Epoch(units, slices, prepare)
     expected = sorted(
-        prepare(row, piece.first + int(number))["image"].tobytes()
-        for piece in pieces
-        for number, row in zip(piece.rows, epoch.read(piece), strict=True)
+        prepare(row, shard_slice.first + int(number))["inputs"].tobytes()
+        for shard_slice in slices
+        for number, row in zip(shard_slice.rows, epoch.read(shard_slice), strict=True)
     )
     found = [
         image.numpy().tobytes()

@@ -56,7 +56,7 @@ def test_the_index_knows_rows_bytes_and_digest_of_every_shard(shards):
     for split in index.splits:
         for shard in index.shards(split):
             data = Path(shards, shard.file).read_bytes()
-            assert (shard.bytes, shard.digest) == (len(data), storage.checksum(data))
+            assert (shard.bytes, shard.checksum) == (len(data), storage.checksum(data))
             assert format.from_bytes(data).num_rows == shard.rows <= 15
 
 

@@ -10,14 +10,14 @@ import pytest
 import ray
 from ray.data import ExecutionResources
 
-from caption_ray import cluster, config, storage
+from caption_ray import config, ray_internals, storage
 from caption_ray.data import shards as shard_format
 from caption_ray.data import transforms
 from caption_ray.data.dataset import ShardFile, open_shards, open_source
 from caption_ray.data.pipeline import batches
-from caption_ray.data.plan import Piece, plan_epoch
+from caption_ray.data.plan import ShardSlice, plan_epoch
 from caption_ray.data.preparation import Preparation
-from caption_ray.data.reading import _read_piece
+from caption_ray.data.read_tasks import _read_slice
 from caption_ray.data.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -34,12 +34,12 @@ def _preparation(dataset, augment=None, **changes):
 
 
 def _epoch(dataset, split="train", *, rank=0, world_size=1, shuffle=(0, 0), threads=0, **changes):
-    pieces = plan_epoch(dataset.rows(split), rank=rank, world_size=world_size, shuffle=shuffle)
+    slices = plan_epoch(dataset.rows(split), rank=rank, world_size=world_size, shuffle=shuffle)
     prepare = _preparation(dataset, shuffle, **changes)
     return list(
         batches(
             dataset.splits[split],
-            pieces,
+            slices,
             prepare,
             batch_size=8,
             cpus=2,
@@ -64,9 +64,9 @@ def test_every_picture_exactly_once_over_two_workers(shards):
 def test_order_follows_the_plan_and_changes_with_the_epoch(shards):
     dataset = open_shards(shards)
     planned = [
-        piece.first + int(row)
-        for piece in plan_epoch(dataset.rows("train"), rank=0, world_size=1, shuffle=(0, 1))
-        for row in piece.rows
+        shard_slice.first + int(row)
+        for shard_slice in plan_epoch(dataset.rows("train"), rank=0, world_size=1, shuffle=(0, 1))
+        for row in shard_slice.rows
     ]
     assert _numbers(_epoch(dataset, shuffle=(0, 1))) == planned
     assert _numbers(_epoch(dataset, shuffle=(0, 2))) != planned
@@ -78,9 +78,9 @@ def test_batches_hold_the_pictures_and_captions_of_their_rows(shards, scenes):
     vocabulary = Vocabulary.from_counts(dataset.word_counts, 1, None)
     seen = 0
     for batch in _epoch(dataset, "val", shuffle=None):
-        assert batch.images.dtype == np.uint8 and batch.images.shape[1:] == (48, 48, 3)
+        assert batch.inputs.dtype == np.uint8 and batch.inputs.shape[1:] == (48, 48, 3)
         assert batch.tokens.dtype == np.int32 and batch.tokens.shape[1:] == (5, 40)
-        for image, tokens, number in zip(batch.images, batch.tokens, batch.numbers, strict=True):
+        for image, tokens, number in zip(batch.inputs, batch.tokens, batch.numbers, strict=True):
             row = rows[number]
             file = Path(scenes, "val", row["file_name"])
             square = transforms.fit(transforms.decode(file.read_bytes()), 48, "stretch")
@@ -98,7 +98,7 @@ def test_raw_pictures_stream_like_shards(shards, scenes):
             int(image_id): (image.tobytes(), tokens.tobytes())
             for batch in _epoch(dataset, "val", shuffle=None)
             for image_id, image, tokens in zip(
-                batch.image_ids, batch.images, batch.tokens, strict=True
+                batch.image_ids, batch.inputs, batch.tokens, strict=True
             )
         }
         for dataset in (raw, sharded)
@@ -112,17 +112,17 @@ def test_near_and_far_decoding_give_the_same_batches(shards):
     changes = {"min_crop": 0.5, "flip": True, "captions_per_image": 2}
     far, near = (_epoch(dataset, shuffle=(0, 3), threads=n, **changes) for n in (0, 2))
     for one, other in zip(far, near, strict=True):
-        for name in ("images", "tokens", "numbers", "image_ids"):
+        for name in ("inputs", "tokens", "numbers", "image_ids"):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
         assert one.errors == other.errors and one.captions == other.captions
 
 
 def test_a_reader_that_stops_early_leaves_no_decoding_threads(shards):
     dataset = open_shards(shards)
-    pieces = plan_epoch(dataset.rows("train"), rank=0, world_size=1, shuffle=None)
+    slices = plan_epoch(dataset.rows("train"), rank=0, world_size=1, shuffle=None)
     prepare, settings = _preparation(dataset), {"batch_size": 4, "cpus": 1, "keep_order": True}
-    stream = batches(dataset.splits["train"], pieces, prepare, **settings, decode_threads=2)
-    assert len(next(stream).images) == 4
+    stream = batches(dataset.splits["train"], slices, prepare, **settings, decode_threads=2)
+    assert len(next(stream).inputs) == 4
     stream.close()
     left = [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
     for thread in left:
@@ -175,7 +175,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_picture(shards):
         return {
             int(number): image.tobytes()
             for batch in _epoch(dataset, shuffle=(0, epoch), min_crop=0.5, **changes)
-            for number, image in zip(batch.numbers, batch.images, strict=True)
+            for number, image in zip(batch.numbers, batch.inputs, strict=True)
         }
 
     assert images(0) == images(0)
@@ -197,13 +197,13 @@ def test_no_index_is_a_clear_error(tmp_path):
 
 def test_ray_data_does_not_spin_while_the_reader_has_enough(monkeypatch):
     steps = []
-    pause = cluster.UnhurriedExecution.on_execution_step
+    pause = ray_internals.UnhurriedExecution.on_execution_step
 
     def noted(self, executor):
         pause(self, executor)
         steps.append(time.monotonic())
 
-    monkeypatch.setattr(cluster.UnhurriedExecution, "on_execution_step", noted)
+    monkeypatch.setattr(ray_internals.UnhurriedExecution, "on_execution_step", noted)
     context = ray.data.DataContext.get_current().copy()
     limits = ExecutionResources.for_limits(cpu=1, object_store_memory=40e6)
     context.execution_options.resource_limits = limits
@@ -217,7 +217,7 @@ def test_ray_data_does_not_spin_while_the_reader_has_enough(monkeypatch):
             seen += len(batch["image"])
             time.sleep(0.1)  # a training step
     assert seen == 50 * blocks
-    pauses = (steps[-1] - steps[0]) / cluster.DATA_STEP_SECONDS
+    pauses = (steps[-1] - steps[0]) / ray_internals.DATA_STEP_SECONDS
     assert pauses > 50, "it was over before it could spin"
     assert len(steps) < pauses + 5 * blocks
 
@@ -229,8 +229,8 @@ def test_reading_for_near_decoding_loads_no_torch(shards):
 
     @ray.remote(runtime_env={"env_vars": {"A_PROCESS": "of its own"}})
     def read(prepare):
-        piece = Piece(0, np.arange(unit.rows), 0)
-        rows = sum(len(block) for block in _read_piece(unit, piece, *prepare, False, 4))
+        shard_slice = ShardSlice(0, np.arange(unit.rows), 0)
+        rows = sum(len(block) for block in _read_slice(unit, shard_slice, *prepare, False, 4))
         return rows, sorted({"torch", "pyarrow"} & set(sys.modules))
 
     assert ray.get(read.remote([prepare])) == (unit.rows, ["pyarrow"])
@@ -247,7 +247,7 @@ def test_reading_does_not_run_far_ahead_of_a_slow_trainer(shards, tmp_path):
         file.write_bytes(data)
         shard = shard_format.Shard(file.name, 8, len(data), storage.checksum(data))
         units.append(ShardFile(str(file), shard))
-    pieces = plan_epoch([unit.rows for unit in units], rank=0, world_size=1, shuffle=(0, 0))
+    slices = plan_epoch([unit.rows for unit in units], rank=0, world_size=1, shuffle=(0, 0))
 
     def in_store():
         return (
@@ -257,7 +257,7 @@ def test_reading_does_not_run_far_ahead_of_a_slow_trainer(shards, tmp_path):
 
     before = in_store()
     stream = batches(
-        units, pieces, _preparation(dataset), batch_size=8, cpus=2, keep_order=True,
+        units, slices, _preparation(dataset), batch_size=8, cpus=2, keep_order=True,
         decode_threads=2,
     )  # fmt: skip
     seen, most = len(next(stream).numbers), 0

@@ -6,8 +6,8 @@ import pytest
 from caption_ray.data.plan import plan_epoch
 
 
-def _numbers(pieces):
-    return [piece.first + int(row) for piece in pieces for row in piece.rows]
+def _numbers(slices):
+    return [shard_slice.first + int(row) for shard_slice in slices for row in shard_slice.rows]
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ def test_every_picture_exactly_once_over_all_ranks(rows, world_size):
 
 def test_rows_of_a_piece_belong_to_its_shard():
     rows = [4, 9, 2]
-    for piece in plan_epoch(rows, rank=0, world_size=1, shuffle=(1, 1)):
-        assert piece.first == sum(rows[: piece.shard])
-        assert set(piece.rows) <= set(range(rows[piece.shard]))
+    for shard_slice in plan_epoch(rows, rank=0, world_size=1, shuffle=(1, 1)):
+        assert shard_slice.first == sum(rows[: shard_slice.shard])
+        assert set(shard_slice.rows) <= set(range(rows[shard_slice.shard]))
 
 
 def test_epochs_differ_and_the_same_epoch_repeats():
@@ -68,15 +68,15 @@ def test_an_interrupted_epoch_goes_on_with_another_number_of_workers():
 
 
 def test_a_limit_keeps_the_first_pictures():
-    pieces = plan_epoch([10, 10], rank=0, world_size=1, shuffle=(0, 0), limit=13)
-    assert sorted(_numbers(pieces)) == list(range(13))
+    slices = plan_epoch([10, 10], rank=0, world_size=1, shuffle=(0, 0), limit=13)
+    assert sorted(_numbers(slices)) == list(range(13))
 
 
 def test_a_fully_consumed_shard_is_not_read():
     consumed = np.zeros(20, bool)
     consumed[:10] = True
-    pieces = plan_epoch([10, 10], rank=0, world_size=1, shuffle=(0, 0), consumed=consumed)
-    assert [piece.shard for piece in pieces] == [1]
+    slices = plan_epoch([10, 10], rank=0, world_size=1, shuffle=(0, 0), consumed=consumed)
+    assert [shard_slice.shard for shard_slice in slices] == [1]
 
 
 def test_more_workers_than_pictures_leaves_some_without():

@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from caption_ray.data import shapes
+from caption_ray.data.judge import judge
 
 SWAPS = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
@@ -77,7 +78,7 @@ def test_five_captions_are_different_true_and_complete() -> None:
             captions = shapes.captions(scene, np.random.default_rng(scene.image_id))
             assert len(set(captions)) == 5
             for caption in captions:
-                assert shapes.judge(caption, objects(scene)) == (True, True, ""), caption
+                assert judge(caption, objects(scene)) == (True, True, ""), caption
 
 
 def test_captions_are_short_and_their_vocabulary_small() -> None:
@@ -102,7 +103,7 @@ def test_another_colour_shape_or_size_is_judged_false(words: list[str]) -> None:
         for match in re.finditer("|".join(words), caption):
             for word in set(words) - {match.group()}:
                 mutated = caption[: match.start()] + word + caption[match.end() :]
-                judgement = shapes.judge(mutated, objects(scene))
+                judgement = judge(mutated, objects(scene))
                 said = re.findall(r"(?:small|large) \w+ \w+", mutated)
                 assert not judgement.true or set(said) == names
                 assert not (judgement.true and judgement.complete), mutated
@@ -112,7 +113,7 @@ def test_another_direction_is_judged_false() -> None:
     for scene, caption in captioned(150):
         for match in re.finditer("|".join(SWAPS), caption):
             mutated = caption[: match.start()] + SWAPS[match.group()] + caption[match.end() :]
-            assert not shapes.judge(mutated, objects(scene)).true, mutated
+            assert not judge(mutated, objects(scene)).true, mutated
 
 
 def test_another_position_is_judged_false() -> None:
@@ -121,14 +122,14 @@ def test_another_position_is_judged_false() -> None:
             if phrase in caption:
                 for other in shapes.POSITIONS.keys() - {phrase}:
                     mutated = caption.replace(phrase, other, 1)
-                    assert not shapes.judge(mutated, objects(scene)).true, mutated
+                    assert not judge(mutated, objects(scene)).true, mutated
 
 
 def test_a_dropped_object_is_judged_incomplete_but_true() -> None:
     scene = next(scene for scene in scenes("train", 100) if len(scene.figures) == 3)
     first, second, third = scene.figures
     caption = f"a {first.name} and a {third.name}"
-    assert shapes.judge(caption, objects(scene)) == (
+    assert judge(caption, objects(scene)) == (
         True,
         False,
         f"the {second.name} is not named",
@@ -138,7 +139,7 @@ def test_a_dropped_object_is_judged_incomplete_but_true() -> None:
 def test_an_object_named_twice_is_judged_false() -> None:
     scene = next(scenes("train", 1))
     name = scene.figures[0].name
-    judgement = shapes.judge(f"a {name} and a {name}", objects(scene))
+    judgement = judge(f"a {name} and a {name}", objects(scene))
     assert not judgement.true
     assert "no (further)" in judgement.reason
 
@@ -165,8 +166,8 @@ def test_a_caption_outside_the_grammar_is_judged_false(caption: str) -> None:
         {"category": "large red circle", "bbox": [0.0, 0.4, 0.3, 0.3]},
         {"category": "small blue star", "bbox": [0.7, 0.4, 0.2, 0.2]},
     ]
-    assert shapes.judge("a large red circle left of a small blue star", things) == (True, True, "")
-    judgement = shapes.judge(caption, things)
+    assert judge("a large red circle left of a small blue star", things) == (True, True, "")
+    judgement = judge(caption, things)
     assert not judgement.true
     assert "grammar" in judgement.reason
 
@@ -176,8 +177,8 @@ def test_a_diagonal_relation_holds_only_along_its_longer_side() -> None:
         {"category": "small red circle", "bbox": [0.1, 0.1, 0.2, 0.2]},
         {"category": "small blue star", "bbox": [0.6, 0.5, 0.2, 0.2]},
     ]
-    assert shapes.judge("a small blue star right of a small red circle", things).true
-    assert not shapes.judge("a small blue star below a small red circle", things).true
+    assert judge("a small blue star right of a small red circle", things).true
+    assert not judge("a small blue star below a small red circle", things).true
 
 
 def test_held_out_kinds_are_in_every_validation_scene_and_no_training_scene() -> None:
@@ -247,7 +248,7 @@ def test_written_folder_is_a_coco_layout(written: Path) -> None:
             texts = [it["caption"] for it in captions.loadAnns(captions.getAnnIds(image["id"]))]
             assert len(texts) == 5
             for text in texts:
-                assert shapes.judge(text, things) == (True, True, "")
+                assert judge(text, things) == (True, True, "")
 
 
 def test_image_ids_of_the_splits_are_disjoint(written: Path) -> None:

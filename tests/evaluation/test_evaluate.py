@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from caption_ray import storage
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning.predictor import Predictor
 from caption_ray.data.dataset import open_shards, open_source
 from caption_ray.evaluation import evaluate
-from caption_ray.serving.predictor import Predictor
-from caption_ray.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def uri(tiny_run):
-    return checkpoint.find(tiny_run, "best")
+    return run_folder.find(tiny_run, "best")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -70,7 +70,7 @@ def test_the_job_captions_with_an_ensemble_as_it_is_asked_to(tiny_run, scenes, t
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    uri = checkpoint.find(tiny_run, "best")
+    uri = run_folder.find(tiny_run, "best")
     assert f"Captions of {uri},{uri} in" in done.stdout
     loaded = checkpoint.load(uri)
     search = dataclasses.replace(loaded.search, min_length=7, no_repeat_ngram_size=2)

@@ -15,10 +15,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from caption_ray import config, storage
+from caption_ray.captioning import metrics, run_folder
 from caption_ray.config import SearchConfig
 from caption_ray.data.dataset import open_shards
-from caption_ray.evaluation import evaluate, metrics, scorecard
-from caption_ray.training import checkpoint
+from caption_ray.evaluation import evaluate, scorecard
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ def card(
     tiny_run: str, shards: str, local_ray: None, tmp_path_factory: pytest.TempPathFactory
 ) -> scorecard.Scorecard:
     out = str(tmp_path_factory.mktemp("out"))
-    uri = checkpoint.find(tiny_run)
+    uri = run_folder.find(tiny_run)
     return scorecard.make(uri, open_shards(shards), "val", out, java=False, progress=False)
 
 
@@ -40,7 +40,7 @@ def test_every_picture_is_captioned_once_and_scored_as_by_hand(
     card: scorecard.Scorecard, tiny_run: str, shards: str
 ) -> None:
     records = evaluate.caption_split(
-        checkpoint.find(tiny_run), open_shards(shards), "val", progress=False
+        run_folder.find(tiny_run), open_shards(shards), "val", progress=False
     )
     results = json.loads(read(card, "captions_val_caption_ray_results.json"))
     assert results == [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]
@@ -84,7 +84,7 @@ def test_a_word_cannot_become_markup(card: scorecard.Scorecard) -> None:
 def test_search_can_be_another_than_the_checkpoints(
     tiny_run: str, shards: str, local_ray: None, tmp_path: Path
 ) -> None:
-    uri = checkpoint.find(tiny_run)
+    uri = run_folder.find(tiny_run)
     short = dataclasses.replace(SearchConfig(), beam_size=1, max_length=2)
     found = scorecard.make(
         uri, open_shards(shards), "val", str(tmp_path), search=short, java=False, progress=False
@@ -99,7 +99,7 @@ def test_the_report_shows_the_curves_of_the_run(
     history = [{"step": 1, "train/loss": 2.0}, {"step": 1, "val/loss": 1.0, "val/CIDEr-D": 0.5}]
     (run / "history.json").write_text(json.dumps(history))
     found = scorecard.make(
-        checkpoint.find(str(run)), open_shards(shards), "val", java=False, limit=2, progress=False
+        run_folder.find(str(run)), open_shards(shards), "val", java=False, limit=2, progress=False
     )
     assert found.out == f"{run}/evaluation/val"
     page = read(found, "report.html")
@@ -111,13 +111,13 @@ def test_an_ensemble_has_a_scorecard_of_its_own(
     tiny_run: str, shards: str, local_ray: None, tmp_path: Path
 ) -> None:
     runs = [shutil.copytree(tiny_run, tmp_path / name) for name in ("one", "two")]
-    uri = checkpoint.find(",".join(map(str, runs)))
+    uri = run_folder.find(",".join(map(str, runs)))
     found = scorecard.make(uri, open_shards(shards), "val", java=False, progress=False)
     assert found.out == f"{runs[0]}/evaluation/val+two"
     assert json.loads(read(found, "metrics.json"))["checkpoint"] == uri
     assert "one, checkpoint-00000001 + two, checkpoint-00000001, val" in read(found, "report.html")
     alone = evaluate.caption_split(
-        checkpoint.find(tiny_run), open_shards(shards), "val", progress=False
+        run_folder.find(tiny_run), open_shards(shards), "val", progress=False
     )
     results = json.loads(read(found, "captions_val_caption_ray_results.json"))
     assert [one["caption"] for one in results] == [one["caption"] for one in alone]
@@ -129,7 +129,7 @@ def test_figures_captions_and_heat_maps_go_to_the_page_of_the_run(
     card: scorecard.Scorecard, tiny_run: str, tmp_path: Path, tracker: Any
 ) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    uri = checkpoint.find(str(run))
+    uri = run_folder.find(str(run))
     settings = dataclasses.replace(
         config.shapes(), run=config.RunConfig(str(tmp_path), "run", tracker)
     )

@@ -19,7 +19,7 @@ REQUESTS = {"http.client.send"}
 _context = multiprocessing.get_context("forkserver")
 # imported once; each process is then there in milliseconds
 _context.set_forkserver_preload(["killing", "caption_ray.data.ingest", "boto3.s3.transfer",
-                                 "caption_ray.training.checkpoint"])  # fmt: skip
+                                 "caption_ray.captioning.checkpoint"])  # fmt: skip
 
 
 def count(events: set[str], function: Callable[..., object], *arguments: Any) -> int:

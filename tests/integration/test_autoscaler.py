@@ -14,8 +14,8 @@ import hosts
 import pytest
 import yaml
 
+from caption_ray.captioning import run_folder
 from caption_ray.data import shapes
-from caption_ray.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0
@@ -124,7 +124,7 @@ def test_two_gpu_nodes_come_for_a_run_and_go_after_it(
     )  # fmt: skip
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
     assert "2 worker(s) on GPU" in job.stdout
-    assert checkpoint.latest_step(str(tmp_path / "runs/gpus")) == 4  # 40 / (2 x 5)
+    assert run_folder.latest_step(str(tmp_path / "runs/gpus")) == 4  # 40 / (2 x 5)
     assert max(gpus()) == 2
     deadline = time.monotonic() + PATIENCE
     while gpus()[-1] > 0:

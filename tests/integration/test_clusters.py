@@ -25,9 +25,9 @@ import swift_server
 import yaml
 from safetensors.numpy import load_file
 
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data import shapes
 from caption_ray.data.ingest import ingest
-from caption_ray.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -350,7 +350,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
             return command(*RAY, "job", "submit", "--submission-id", job, "--", *entry)
 
         def step(name: str) -> int:
-            return checkpoint.latest_step(str(tmp_path / name))
+            return run_folder.latest_step(str(tmp_path / name))
 
         try:
             _wait(lambda: _answers(head, 8265), "the dashboard", None)
@@ -358,7 +358,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
             _wait(lambda: step("stopped") > 0, "the first epoch", job)
             assert command(*RAY, "job", "stop", "first").wait(PATIENCE) == 0
             job.wait(PATIENCE)
-            state = checkpoint.load(checkpoint.find(str(tmp_path / "stopped"))).state
+            state = checkpoint.load(run_folder.find(str(tmp_path / "stopped"))).state
             assert 0 < state.epoch < EPOCHS and state.epoch_step > 0, "not stopped in mid-epoch"
             for job in (submit("stopped", "second"), submit("whole", "whole")):
                 assert job.wait(PATIENCE) == 0
@@ -366,7 +366,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
             print((tmp_path / "jobs.log").read_text()[-8000:])
             raise
     whole, stopped = (
-        load_file(Path(checkpoint.find(str(tmp_path / name)), checkpoint.MODEL))
+        load_file(Path(run_folder.find(str(tmp_path / name)), checkpoint.MODEL))
         for name in ("whole", "stopped")
     )
     assert step("whole") == step("stopped") == EPOCHS * PICTURES // 5

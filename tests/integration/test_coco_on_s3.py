@@ -63,7 +63,7 @@ def test_from_zips_in_a_bucket_to_captions_in_a_bucket(buckets):
     for split in ("train", "val"):
         for shard in index.shards(split):
             data = storage.read_bytes(storage.join("s3://out/shards", shard.file))
-            assert storage.checksum(data) == shard.digest
+            assert storage.checksum(data) == shard.checksum
 
     printed = _job(
         "train", "coco", "--data.shards", "s3://out/shards", "--run.storage", "s3://out/runs",

@@ -11,11 +11,12 @@ from fault_proxy import FAULTS, FaultProxy, table
 from safetensors.numpy import load
 
 from caption_ray import backends, config, storage
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data.dataset import open_source
 from caption_ray.data.ingest import ingest, read_index
 from caption_ray.data.sources import find_splits, read_picture
 from caption_ray.evaluation.evaluate import caption_split
-from caption_ray.training import checkpoint, trainer
+from caption_ray.training import trainer
 
 RATES = {fault: 0.01 if fault in ("hang", "trickle") else 0.03 for fault in FAULTS}
 """A quarter of the requests; those that cost a time-out are rarer."""
@@ -131,7 +132,7 @@ def test_an_ingest_through_faults_gives_the_same_bytes(road, shards, faults):
 def test_a_run_through_faults_learns_the_same_from_every_picture(road, shards, undisturbed, faults):
     with faults():
         finished = _train(road, shards, "disturbed")
-    found = [checkpoint.find(one.run, "latest") for one in (undisturbed, finished)]
+    found = [run_folder.find(one.run, "latest") for one in (undisturbed, finished)]
     assert [checkpoint.load(uri).state.step for uri in found] == [2 * PICTURES // 8] * 2
     first, second = (load(storage.read_bytes(f"{uri}/{checkpoint.MODEL}")) for uri in found)
     assert all((first[name] == second[name]).all() for name in first)
@@ -143,7 +144,7 @@ def test_an_evaluation_through_faults_gives_the_same_captions(road, undisturbed,
     bucket, _, run = road
     # raw pictures: a request each
     dataset = run(open_source, storage.join(bucket, "source"), seed=0)
-    uri = checkpoint.find(undisturbed.run, "best")
+    uri = run_folder.find(undisturbed.run, "best")
     expected = run(caption_split, uri, dataset, "val", progress=False)
     with faults():
         found = run(caption_split, uri, dataset, "val", progress=False)

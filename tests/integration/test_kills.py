@@ -16,10 +16,10 @@ import torch
 from killing import FILE_CHANGES, REQUESTS, count, ingest_without_ray, kill, spread
 
 from caption_ray import config, storage
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data.ingest import RECEIPTS
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
-from caption_ray.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = 9 << 20
@@ -127,12 +127,12 @@ def saved(tmp_path_factory):
 def _commit(saved, run, step):
     """The commit, to be called."""
     folder, state = saved[step]
-    return partial(checkpoint.commit, folder, run, state, keep=1, is_best=True)
+    return partial(run_folder.commit, folder, run, state, keep=1, is_best=True)
 
 
 def _assert_good(run, steps):
     """Both pointers name a checkpoint of one of the steps which loads and verifies."""
-    for uri in {checkpoint.find(run, which) for which in checkpoint.POINTERS}:
+    for uri in {run_folder.find(run, which) for which in run_folder.POINTERS}:
         loaded = checkpoint.load(uri)
         assert loaded.state.step in steps
         checkpoint.load_for_resume(uri, loaded.captioner, torch.device("cpu"))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from caption_ray import config
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning.predictor import Predictor
 from caption_ray.config import DecoderConfig, ModelConfig, SearchConfig, TrainConfig
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import DECODERS, Captioner, build_captioner
@@ -26,8 +28,7 @@ from caption_ray.model.decoder import (
 )
 from caption_ray.model.encoder import to_tensor
 from caption_ray.model.search import generate
-from caption_ray.serving.predictor import Predictor
-from caption_ray.training import checkpoint, loop
+from caption_ray.training import loop
 
 VOCABULARY = Vocabulary("a red circle above blue".split())
 SIZE = 32
@@ -119,7 +120,7 @@ def test_it_is_trained_saved_and_searched_like_the_others(
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=3e-3)
     captioner.train()
     for _ in range(100):
-        loop.train_step(captioner, loop.to_example(IMAGES, TOKENS, SIZE, CPU), optimizer, settings)
+        loop.train_step(captioner, loop.to_device(IMAGES, TOKENS, SIZE, CPU), optimizer, settings)
 
     state = checkpoint.State(100, 1, 0, {}, None)
     search = SearchConfig(beam_size=3, max_length=6)
@@ -128,7 +129,7 @@ def test_it_is_trained_saved_and_searched_like_the_others(
         optimizer.state_dict(), np.zeros(1, bool),
     )  # fmt: skip
     run = tmp_path / "run"
-    checkpoint.commit(tmp_path / "local", str(run), state, keep=1, is_best=True)
+    run_folder.commit(tmp_path / "local", str(run), state, keep=1, is_best=True)
 
     predictor = Predictor.from_uri(str(run), CPU)
     said = [caption.text for (caption,) in predictor.predict(IMAGES)]

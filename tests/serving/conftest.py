@@ -20,15 +20,15 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning.predictor import Caption, Predictor, prepare_with_box
 from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, SearchConfig
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
-from caption_ray.serving.backend import Answer, Options, Status
-from caption_ray.serving.captioner import describe
+from caption_ray.serving.contract import Answer, Options, Status
 from caption_ray.serving.http import build_http
-from caption_ray.serving.predictor import Caption, Predictor, prepare_with_box
+from caption_ray.serving.replica import describe
 from caption_ray.serving.service import Settings
-from caption_ray.training import checkpoint
 
 MAX_BODY_BYTES = 100_000
 
@@ -60,7 +60,7 @@ def _save_run(
         scratch, captioner, vocabulary, model, SearchConfig(beam_size=2, max_length=6), state,
         optimizer={}, ledger=np.zeros(1, bool),
     )  # fmt: skip
-    return checkpoint.commit(scratch, str(run), state, keep=5, is_best=True)
+    return run_folder.commit(scratch, str(run), state, keep=5, is_best=True)
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,10 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
 from caption_ray import cluster, storage
+from caption_ray.captioning import checkpoint
+from caption_ray.captioning.checkpoint import CheckpointError
+from caption_ray.captioning.predictor import Predictor
 from caption_ray.serving import app
-from caption_ray.serving.predictor import Predictor
-from caption_ray.training import checkpoint
-from caption_ray.training.checkpoint import CheckpointError
 
 MAX_BATCH_SIZE = 4
 MakeRun = Callable[..., str]

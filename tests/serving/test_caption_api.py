@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from caption_ray.serving.backend import Options
+from caption_ray.captioning.predictor import Caption
 from caption_ray.serving.batching import QueueFullError
-from caption_ray.serving.predictor import Caption
+from caption_ray.serving.contract import Options
 
 Pictures = Callable[..., bytes]
 Captions = Callable[..., list[Caption]]

@@ -12,11 +12,11 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
+from caption_ray.captioning.predictor import Caption
 from caption_ray.serving import chat_api
-from caption_ray.serving.backend import MAX_LENGTH, Options, UnavailableError
 from caption_ray.serving.batching import QueueFullError
+from caption_ray.serving.contract import MAX_LENGTH, Options, UnavailableError
 from caption_ray.serving.fetch import FetchError
-from caption_ray.serving.predictor import Caption
 
 Pictures = Callable[..., bytes]
 Captions = Callable[..., list[Caption]]

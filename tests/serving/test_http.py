@@ -19,8 +19,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from caption_ray.serving import auth
-from caption_ray.serving.backend import UnavailableError
 from caption_ray.serving.batching import QueueFullError
+from caption_ray.serving.contract import UnavailableError
 
 Pictures = Callable[..., bytes]
 Clients = Callable[..., TestClient]

@@ -27,10 +27,10 @@ from playwright.sync_api import Browser, Error, Locator, Page, Request, expect, 
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
+from caption_ray.captioning.predictor import Caption, Predictor
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.serving.backend import Answer, UnavailableError
 from caption_ray.serving.batching import QueueFullError
-from caption_ray.serving.predictor import Caption, Predictor
+from caption_ray.serving.contract import Answer, UnavailableError
 
 SCREENSHOTS_VARIABLE = "CAPTION_RAY_SCREENSHOTS"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")

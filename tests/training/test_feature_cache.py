@@ -10,14 +10,15 @@ import torch
 from safetensors.numpy import load_file
 
 from caption_ray import config, storage
-from caption_ray.data import features
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.data import feature_shards
 from caption_ray.data.dataset import FeatureFile, ShardFile, open_shards
 from caption_ray.data.pipeline import batches
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.encoder import build_encoder, to_tensor
-from caption_ray.training import checkpoint, feature_cache, trainer
+from caption_ray.training import feature_cache, trainer
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -59,22 +60,24 @@ def _folder(dataset):
 
 
 def _batches(dataset, prepare):
-    pieces = plan_epoch(dataset.rows("train"), rank=0, world_size=1, shuffle=(0, 1))
+    slices = plan_epoch(dataset.rows("train"), rank=0, world_size=1, shuffle=(0, 1))
     units = dataset.splits["train"]
-    return list(batches(units, pieces, prepare, batch_size=8, cpus=2, keep_order=True))
+    return list(batches(units, slices, prepare, batch_size=8, cpus=2, keep_order=True))
 
 
 def test_what_is_written_is_read_back():
     rng = np.random.default_rng(0)
     regions = rng.normal(size=(3, 4, 5)).astype(np.float16)
     captions = [["a dog", "ein Hünd"], [], ["x"]]
-    data = features.to_bytes(regions, np.array([7, 8, 9]), captions, ["", "", "b.jpg: corrupt"])
-    rows = features.from_bytes(data)
-    assert np.array_equal(np.stack([row["image"] for row in rows]), regions)
+    data = feature_shards.to_bytes(
+        regions, np.array([7, 8, 9]), captions, ["", "", "b.jpg: corrupt"]
+    )
+    rows = feature_shards.from_bytes(data)
+    assert np.array_equal(np.stack([row["regions"] for row in rows]), regions)
     assert [row["captions"] for row in rows] == captions
     assert [row["image_id"] for row in rows] == [7, 8, 9]
     assert [row["error"] for row in rows] == [None, None, "b.jpg: corrupt"]
-    assert rows[0]["image"].base is not None, "a view, not a copy"
+    assert rows[0]["regions"].base is not None, "a view, not a copy"
 
 
 def test_batches_hold_the_encoders_own_output(dataset, cached):
@@ -85,10 +88,10 @@ def test_batches_hold_the_encoders_own_output(dataset, cached):
     encoder, _ = _encoder()
     seen = 0
     for pictures, known in zip(_batches(dataset, prepare), _batches(cached, prepare), strict=True):
-        assert known.images.dtype == np.float16
+        assert known.inputs.dtype == np.float16
         with torch.inference_mode():
-            expected = encoder(to_tensor(pictures.images)).numpy()
-        np.testing.assert_allclose(known.images, expected, rtol=1e-3, atol=1e-4)
+            expected = encoder(to_tensor(pictures.inputs)).numpy()
+        np.testing.assert_allclose(known.inputs, expected, rtol=1e-3, atol=1e-4)
         assert np.array_equal(known.tokens, pictures.tokens)
         assert np.array_equal(known.numbers, pictures.numbers)
         assert np.array_equal(known.image_ids, pictures.image_ids)
@@ -209,7 +212,7 @@ def _losses(finished):
 
 
 def _weights(finished):
-    return load_file(Path(checkpoint.find(finished.run, "latest"), checkpoint.MODEL))
+    return load_file(Path(run_folder.find(finished.run, "latest"), checkpoint.MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -235,11 +238,11 @@ def test_training_from_features_is_training_from_pictures(
 
 def test_a_run_on_features_goes_on_within_an_epoch(dataset, tiny_run, run_on_features, tmp_path):
     storage.upload(Path(run_on_features.run), str(tmp_path / "cut"))
-    for folder in (tmp_path / "cut").glob(f"{checkpoint.PREFIX}*"):  # it died in step 10 of 16
-        if checkpoint.step_of(folder.name) > 9:
+    for folder in (tmp_path / "cut").glob(f"{run_folder.PREFIX}*"):  # it died in step 10 of 16
+        if run_folder.step_of(folder.name) > 9:
             storage.delete(str(folder))
     pointer = tmp_path / "cut" / "latest.json"
-    at = {"checkpoint": checkpoint.folder_name(9), "step": 9}
+    at = {"checkpoint": run_folder.folder_name(9), "step": 9}
     pointer.write_text(json.dumps({**json.loads(pointer.read_text()), **at}))
     resumed = trainer.train(_config(dataset.uri, tmp_path, "cut", tiny_run))
     expected, weights = _weights(run_on_features), _weights(resumed)

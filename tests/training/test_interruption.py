@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from caption_ray.training.console import call_until_told_to_stop
 from caption_ray.training.interruption import Votes, Wish
-from caption_ray.training.stopping import call_until_told_to_stop
 
 
 def _telling():

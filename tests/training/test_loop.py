@@ -53,7 +53,7 @@ def _steps(model, data, steps, settings, autocast=None, adam=False):
     kind = torch.optim.AdamW if adam else torch.optim.SGD
     optimizer = kind(model.parameters(), lr=settings.learning_rate)
     for _ in range(steps):
-        loop.train_step(model, loop.to_example(*data, SIZE, CPU), optimizer, settings, autocast)
+        loop.train_step(model, loop.to_device(*data, SIZE, CPU), optimizer, settings, autocast)
 
 
 def _worker(rank, world_size, file, data, accumulation, results):
@@ -67,7 +67,7 @@ def _worker(rank, world_size, file, data, accumulation, results):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batch in batches:
         arrays = [np.stack(column) for column in zip(*batch, strict=True)] if batch else [None] * 2
-        example = loop.to_example(*arrays, SIZE, CPU)
+        example = loop.to_device(*arrays, SIZE, CPU)
         sums, norm = loop.train_step(model, example, optimizer, settings)
         results.put((rank, float(sums.reduced().words), float(norm)))
     results.put((rank, {k: v.numpy() for k, v in model.module.state_dict().items()}, None))
@@ -99,7 +99,7 @@ def test_two_workers_step_like_one_with_their_pictures_together(tmp_path, accumu
     words = []
     for numbers in (shares[0][:2] + shares[1][:3], shares[1][3:]):
         batch = data[0][numbers], data[1][numbers]
-        sums, _ = loop.train_step(alone, loop.to_example(*batch, SIZE, CPU), optimizer, _settings())
+        sums, _ = loop.train_step(alone, loop.to_device(*batch, SIZE, CPU), optimizer, _settings())
         words.append(float(sums.words))
     for rank in range(2):
         assert [count for r, count, norm in seen if r == rank and norm is not None] == words
@@ -120,7 +120,7 @@ def test_a_worker_without_pictures_does_not_move_the_weights():
     model = _model()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    example = loop.to_example(None, None, SIZE, CPU)
+    example = loop.to_device(None, None, SIZE, CPU)
     sums, norm = loop.train_step(model, example, optimizer, _settings())
     assert float(norm) == 0 and float(sums.words) == 0
     for name, weight in model.state_dict().items():
@@ -131,7 +131,7 @@ def test_unreadable_pictures_add_nothing_to_the_loss():
     images, tokens = _data(5)
     with_blank = np.concatenate([images, images[:1] * 0]), np.concatenate([tokens, tokens[:1] * 0])
     sums = [
-        loop.validate(_model(), [loop.to_example(*data, SIZE, CPU)])
+        loop.validate(_model(), [loop.to_device(*data, SIZE, CPU)])
         for data in ((images, tokens), with_blank)
     ]
     assert float(sums[0].words) == float(sums[1].words) > 0
@@ -142,7 +142,7 @@ def test_losses_are_the_mean_over_words_and_the_originals_padded_sum():
     images, tokens = _data(4, seed=1)
     tokens[:, 1:] = 0
     model = _model().eval()
-    sums = loop.validate(model, [loop.to_example(images, tokens, SIZE, CPU)])
+    sums = loop.validate(model, [loop.to_device(images, tokens, SIZE, CPU)])
     losses = sums.losses(padded_length=14)
     # straight from the definition, caption by caption
     nll, words, captions = 0.0, 0, 0
@@ -158,13 +158,13 @@ def test_losses_are_the_mean_over_words_and_the_originals_padded_sum():
 
 
 def test_an_untrained_model_has_the_loss_of_guessing():
-    sums = loop.validate(_model(), [loop.to_example(*_data(8), SIZE, CPU)])
+    sums = loop.validate(_model(), [loop.to_device(*_data(8), SIZE, CPU)])
     assert sums.losses(14)["loss"] == pytest.approx(math.log(VOCABULARY), rel=0.05)
 
 
 def test_training_learns_a_few_pictures_by_heart():
     model, data = _model(), _data(4)
-    example = loop.to_example(*data, SIZE, CPU)
+    example = loop.to_device(*data, SIZE, CPU)
     before = loop.validate(model, [example]).losses(14)["loss"]
     settings = _settings(attention_regularization=0.0, learning_rate=1e-2)
     _steps(model, data, 150, settings, adam=True)
@@ -177,7 +177,7 @@ def test_bfloat16_autocast_comes_close_to_float32():
     for autocast in (None, torch.bfloat16):
         model = _model()
         _steps(model, data, 20, settings, autocast, adam=True)
-        losses.append(loop.validate(model, [loop.to_example(*data, SIZE, CPU)]).losses(14)["loss"])
+        losses.append(loop.validate(model, [loop.to_device(*data, SIZE, CPU)]).losses(14)["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step():
 def test_tokens_are_cut_at_the_longest_caption():
     images, tokens = _data(4)
     longest = int((tokens != loop.PAD).sum(-1).max())
-    assert loop.to_example(images, tokens, SIZE, CPU).tokens.shape[-1] == longest < 14
+    assert loop.to_device(images, tokens, SIZE, CPU).tokens.shape[-1] == longest < 14
 
 
 def test_the_average_is_the_exponential_moving_average():
@@ -274,7 +274,7 @@ def test_own_words_rise_by_the_epoch_to_their_largest_share():
 
 
 def test_label_smoothing_and_own_words_keep_the_reported_loss_a_likelihood():
-    example = loop.to_example(*_data(4), SIZE, CPU)
+    example = loop.to_device(*_data(4), SIZE, CPU)
     reported = []
     for smoothing in (0.0, 0.2):
         model = _model().eval()  # batch norms as they are

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from caption_ray import config
+from caption_ray.captioning.metrics import CiderD
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.evaluation.metrics import CiderD
 from caption_ray.model.captioner import DECODERS, build_captioner
 from caption_ray.model.decoder import END, PAD, START
 from caption_ray.training import loop, self_critical
@@ -41,7 +41,7 @@ def _example(images=3):
     tokens = np.full((images, 1, 5), PAD, np.int32)
     tokens[..., :4] = [START, 4, 5, END]
     pixels = np.random.default_rng(0).integers(0, 256, (images, SIZE, SIZE, 3), dtype=np.uint8)
-    return loop.to_example(pixels, tokens, SIZE, CPU)
+    return loop.to_device(pixels, tokens, SIZE, CPU)
 
 
 def _scored_by(reward):
@@ -55,7 +55,7 @@ def _likes(word):
 
 def _step(captioner, score, settings, example, optimizer, seed=0, model=None):
     return self_critical.train_step(
-        model or captioner, captioner, example, [[]] * len(example.images), score, optimizer,
+        model or captioner, captioner, example, score, optimizer,
         settings, max_length=3, generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def test_the_likelihood_that_is_learnt_is_that_of_the_draw(name):
     are never drawn and leave their probability to the others."""
     captioner = _captioner(name)
     self_critical.as_policy(captioner)
-    images = _example().images
+    images = _example().inputs
     with torch.no_grad():
         regions = captioner.encoder(images)
         drawn = self_critical.draw(captioner, regions, 4, 6, torch.Generator().manual_seed(1))
@@ -147,7 +147,7 @@ def test_known_features_teach_what_their_pictures_do():
         self_critical.as_policy(captioner)
         example = _example()
         if known:
-            example.images = captioner.encoder(example.images)
+            example.inputs = captioner.encoder(example.inputs)
         optimizer = torch.optim.SGD(captioner.decoder.parameters(), lr=1.0)
         sums, norm, _ = _step(captioner, _likes(6), _settings(), example, optimizer)
         found.append((sums.nll, norm, captioner.decoder.output_bias.detach()))
@@ -164,7 +164,7 @@ def test_a_stand_in_batch_is_not_scored_and_moves_nothing():
         captioner,
         lambda *_: pytest.fail("scored nothing"),
         _settings(),
-        loop.to_example(None, None, SIZE, CPU),
+        loop.to_device(None, None, SIZE, CPU),
         optimizer,
     )
     assert float(norm) == float(sums.captions) == 0
@@ -175,7 +175,7 @@ def test_a_policy_has_no_dropout_and_keeps_its_batch_statistics():
     captioner = _captioner()
     self_critical.as_policy(captioner)
     before = [b.clone() for b in captioner.encoder.buffers()]
-    images, tokens = _example().images, torch.tensor([[[START, 4, END]]] * 3)
+    images, tokens = _example().inputs, torch.tensor([[[START, 4, END]]] * 3)
     first, second = captioner(images, tokens).logits, captioner(images, tokens).logits
     assert torch.equal(first, second)
     assert all(map(torch.equal, before, captioner.encoder.buffers()))

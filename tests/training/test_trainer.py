@@ -14,8 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from caption_ray import config, storage
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data.ingest import ingest
-from caption_ray.training import checkpoint, trainer
+from caption_ray.training import trainer
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -56,7 +57,7 @@ def _weights(uri):
 
 
 def _latest(finished):
-    return checkpoint.find(finished.run, "latest")
+    return run_folder.find(finished.run, "latest")
 
 
 def _losses(finished):
@@ -102,8 +103,8 @@ def undisturbed(shards, tmp_path_factory):
 
 def test_a_run_leaves_checkpoints_pointers_history_and_configuration(undisturbed):
     run = undisturbed.run
-    kept = [name for name in storage.list_folders(run) if name.startswith(checkpoint.PREFIX)]
-    assert kept[-2:] == [checkpoint.folder_name(n) for n in (16, 24)]
+    kept = [name for name in storage.list_folders(run) if name.startswith(run_folder.PREFIX)]
+    assert kept[-2:] == [run_folder.folder_name(n) for n in (16, 24)]
     assert json.loads(storage.read_text(storage.join(run, "latest.json")))["step"] == 24
     loaded = checkpoint.load(undisturbed.checkpoint)
     best = json.loads(storage.read_text(storage.join(run, "best.json")))
@@ -156,7 +157,7 @@ def test_two_workers_of_which_one_is_killed_thrice_learn_from_every_picture_once
     finished = trainer.train(_without_dropout(_config(shards, tmp_path, "killed", **settings)))
     watcher.join(timeout=10)
     assert len(killed) == 3
-    for folder in sorted((tmp_path / "killed").glob(f"{checkpoint.PREFIX}*/")):
+    for folder in sorted((tmp_path / "killed").glob(f"{run_folder.PREFIX}*/")):
         state = json.loads((folder / checkpoint.STATE).read_text())
         seen = np.load(folder / checkpoint.LEDGER).sum()
         assert state["pictures"] == state["epoch"] * 40 + seen

@@ -9,9 +9,10 @@ import pytest
 import ray
 
 from caption_ray import storage
+from caption_ray.captioning import checkpoint, metrics, run_folder
 from caption_ray.data.dataset import open_shards
-from caption_ray.evaluation import evaluate, metrics
-from caption_ray.training import checkpoint, validation
+from caption_ray.evaluation import evaluate
+from caption_ray.training import validation
 
 
 @pytest.fixture
@@ -19,8 +20,8 @@ def saved(tiny_run, tmp_path):
     """The URI of the only checkpoint of a run, which waits for its validation."""
     run = str(tmp_path / "run")
     storage.upload(tiny_run, run)
-    uri = checkpoint.find(run)
-    storage.write_bytes(storage.join(uri, checkpoint.TO_VALIDATE), b"")
+    uri = run_folder.find(run)
+    storage.write_bytes(storage.join(uri, run_folder.TO_VALIDATE), b"")
     return uri
 
 
@@ -47,26 +48,26 @@ def test_it_finds_what_the_evaluation_of_the_split_finds(saved, shards, local_ra
 def test_what_it_found_lies_in_the_run_and_the_checkpoint_no_longer_waits(saved, shards, local_ray):
     found = _validate(saved, shards, limit=5)
     run, name = storage.parent(saved), storage.name(saved)
-    assert validation.collect(run, ()) == {name: found}
-    assert validation.collect(run, {name}) == {}
-    assert not storage.exists(storage.join(saved, checkpoint.TO_VALIDATE))
+    assert run_folder.read_validations(run) == {name: found}
+    assert run_folder.read_validations(run, {name}) == {}
+    assert not storage.exists(storage.join(saved, run_folder.TO_VALIDATE))
     best = json.loads(storage.read_text(storage.join(run, "best.json")))
     assert best["checkpoint"] == name
-    assert best["metrics"][checkpoint.CRITERION] == found[checkpoint.CRITERION]
+    assert best["metrics"][run_folder.CRITERION] == found[run_folder.CRITERION]
 
 
 def test_an_error_is_written_down_before_it_is_raised(saved, shards, local_ray):
     storage.write_bytes(storage.join(saved, checkpoint.MODEL), b"broken")
     with pytest.raises(checkpoint.CheckpointError):
         _validate(saved, shards)
-    (report,) = validation.collect(storage.parent(saved), ()).values()
+    (report,) = run_folder.read_validations(storage.parent(saved)).values()
     assert "CheckpointError" in report["error"] and checkpoint.MODEL in report["error"]
-    assert not storage.exists(storage.join(saved, checkpoint.TO_VALIDATE))
+    assert not storage.exists(storage.join(saved, run_folder.TO_VALIDATE))
 
 
 def test_staleness_counts_validations_since_the_best():
     def history(*scores):
-        return [{"step": 1.0, "train/loss": 2.0}, *({checkpoint.CRITERION: s} for s in scores)]
+        return [{"step": 1.0, "train/loss": 2.0}, *({run_folder.CRITERION: s} for s in scores)]
 
     assert validation.stale(history()) == 0
     assert validation.stale(history(0.3)) == 0

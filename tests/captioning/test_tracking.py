@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from caption_ray import config
-from caption_ray.training import tracking
+from caption_ray.captioning import tracking
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
 

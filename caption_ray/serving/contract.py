@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from caption_ray.captioning.predictor import Caption
 from caption_ray.config import SearchConfig, SearchOverrides
-from caption_ray.serving.predictor import Caption
 
 MAX_BEAMS = 10
 MAX_RETURN = 10

@@ -44,13 +44,13 @@ def to_bytes(
 
 
 def from_bytes(data: bytes | memoryview) -> list[dict[str, Any]]:
-    """Its rows, in the form of those of a picture shard; `image` is float16 (N, E), a view of
-    `data`."""
+    """Its rows, in the form of those of a picture shard, but with `regions` float16 (N, E), a view
+    of `data`, in the place of `image`."""
     table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
     shape = json.loads(table.schema.metadata[_SHAPE])
     (chunk,) = table["regions"].chunks
     regions = chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape)
     rows: list[dict[str, Any]] = table.drop_columns("regions").to_pylist()
     for row, image in zip(rows, regions, strict=True):
-        row["image"], row["error"] = image, row["error"] or None
+        row["regions"], row["error"] = image, row["error"] or None
     return rows

@@ -1,4 +1,4 @@
-"""What Ray Data's read tasks do: the rows of a piece, tokenised and maybe decoded, as blocks.
+"""What Ray Data's read tasks do: the rows of a slice, tokenised and maybe decoded, as blocks.
 
 Their processes load no torch unless they decode: it would take each of them 250 MiB of memory and
 more than a second at its start.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,8 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
-from caption_ray.data.dataset import FeatureFile, Unit
-from caption_ray.data.plan import Piece
+from caption_ray.data.dataset import PictureUnit, Unit
+from caption_ray.data.plan import ShardSlice
 from caption_ray.data.preparation import Preparation
 
 BLOCK_ROWS = 64
@@ -38,21 +38,21 @@ def _to_block(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table(columns)
 
 
-class Pieces(Datasource):
-    """One read task per piece, which reads, tokenises and maybe decodes, and yields blocks."""
+class SliceSource(Datasource):
+    """One read task per slice, which reads, tokenises and maybe decodes, and yields blocks."""
 
     def __init__(
         self,
         units: Sequence[Unit],
-        pieces: list[Piece],
+        slices: list[ShardSlice],
         prepare: Preparation,
         *,
         decode: bool = True,
         block_rows: int | None = BLOCK_ROWS,
     ):
-        """block_rows: None for one block a piece."""
+        """block_rows: None for one block a slice."""
         super().__init__()
-        self.units, self.pieces = units, pieces
+        self.units, self.slices = units, slices
         self.decode, self.block_rows = decode, block_rows
         # once for all tasks: it holds the vocabulary
         self.prepare = ray.put(prepare)
@@ -64,33 +64,40 @@ class Pieces(Datasource):
         return [
             ReadTask(
                 functools.partial(
-                    _read_piece,
-                    self.units[piece.shard],
-                    piece,
+                    _read_slice,
+                    self.units[shard_slice.shard],
+                    shard_slice,
                     self.prepare,
                     self.decode,
                     self.block_rows,
                 ),
-                BlockMetadata(len(piece.rows), None, None, None),
+                BlockMetadata(len(shard_slice.rows), None, None, None),
             )
-            for piece in self.pieces
+            for shard_slice in self.slices
         ]
 
 
-def _read_piece(
-    unit: Unit, piece: Piece, prepare: ray.ObjectRef, decode: bool, block_rows: int | None
+def _read_slice(
+    unit: Unit,
+    shard_slice: ShardSlice,
+    prepare: ray.ObjectRef,
+    decode: bool,
+    block_rows: int | None,
 ) -> Iterable[pa.Table]:
     preparation: Preparation = ray.get(prepare)
-    step = block_rows or len(piece.rows)
-    parts = [piece.rows[start : start + step] for start in range(0, len(piece.rows), step)]
+    step = block_rows or len(shard_slice.rows)
+    parts = [
+        shard_slice.rows[start : start + step] for start in range(0, len(shard_slice.rows), step)
+    ]
     if decode:
         rows = unit.read(COLUMNS)
         for part in parts:
-            yield _to_block([preparation(rows[i], piece.first + int(i)) for i in part])
+            yield _to_block([preparation(rows[i], shard_slice.first + int(i)) for i in part])
         return
-    assert not isinstance(unit, FeatureFile)
-    table = unit.table(COLUMNS)
+    table = cast(PictureUnit, unit).table(COLUMNS)
     rows = table.drop_columns("image").to_pylist()
     for part in parts:
-        block = _to_block([preparation.but_for_image(rows[i], piece.first + int(i)) for i in part])
-        yield block.append_column("image", table["image"].take(pa.array(part)))
+        block = _to_block(
+            [preparation.without_inputs(rows[i], shard_slice.first + int(i)) for i in part]
+        )
+        yield block.append_column("encoded", table["image"].take(pa.array(part)))

@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning.checkpoint import CheckpointError, Loaded, State
+from caption_ray.captioning.predictor import Images, Predictor, prepare
 from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, SearchConfig
 from caption_ray.data.transforms import ImageError
 from caption_ray.data.vocabulary import END, START, Vocabulary
 from caption_ray.model.captioner import build_captioner
 from caption_ray.model.encoder import to_tensor
 from caption_ray.model.ensemble import Ensemble
-from caption_ray.serving.predictor import Images, Predictor, prepare
-from caption_ray.training import checkpoint
-from caption_ray.training.checkpoint import CheckpointError, Loaded, State
 
 CPU = torch.device("cpu")
 SIZE = 48
@@ -44,7 +44,10 @@ def make_loaded(seed: int = 0, decoder: str = "soft") -> Loaded:
             parameter.mul_(1.9)
     search = SearchConfig(beam_size=2, max_length=6, length_penalty=0.7)
     state = State(step=1, epoch=0, epoch_step=0, metrics={}, tracker_id=None)
-    return Loaded("memory", captioner.eval(), vocabulary, model, search, state)
+    return Loaded(
+        uri="memory", captioner=captioner.eval(), vocabulary=vocabulary, model=model,
+        search=search, state=state,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -209,7 +212,7 @@ def test_a_saved_checkpoint_captions_alike(
         folder, loaded.captioner, loaded.vocabulary, loaded.model, loaded.search, loaded.state,
         optimizer={}, ledger=np.zeros(1, bool),
     )  # fmt: skip
-    uri = checkpoint.commit(folder, str(run), loaded.state, keep=1, is_best=True)
+    uri = run_folder.commit(folder, str(run), loaded.state, keep=1, is_best=True)
     for place in (uri, str(run), str(run.parent)):
         again = Predictor.from_uri(place, CPU)
         assert again.uri == uri
@@ -224,7 +227,7 @@ def test_no_checkpoint_is_a_checkpoint_error(tmp_path: Path) -> None:
 
 
 def test_prediction_needs_no_ray() -> None:
-    code = "import sys, caption_ray.serving.predictor; sys.exit('ray' in sys.modules)"
+    code = "import sys, caption_ray.captioning.predictor; sys.exit('ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

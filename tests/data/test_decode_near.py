@@ -16,7 +16,7 @@ from PIL import Image
 
 from caption_ray import config
 from caption_ray.benchmark.pictures import photograph
-from caption_ray.data import near
+from caption_ray.data import decode_near
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.vocabulary import Vocabulary
 
@@ -46,7 +46,7 @@ def _preparation(**changes: Any) -> Preparation:
 
 def _undecoded(pictures: list[bytes | None], prepare: Preparation, first: int = 0) -> Any:
     rows = [
-        prepare.but_for_image(
+        prepare.without_inputs(
             {
                 "image_id": i,
                 "file_name": f"{i}.jpg",
@@ -68,10 +68,10 @@ def _dtype(value: Any) -> Any:
 
 def _decoded(
     pictures: list[bytes | None], prepare: Preparation, device: str | None
-) -> near.Columns:
+) -> decode_near.Columns:
     on = None if device is None else torch.device(device)
-    (columns,) = near.decoded([_undecoded(pictures, prepare)], prepare, 2, on)
-    columns["image"] = np.asarray(torch.as_tensor(columns["image"]).cpu())
+    (columns,) = decode_near.decoded([_undecoded(pictures, prepare)], prepare, 2, on)
+    columns["inputs"] = np.asarray(torch.as_tensor(columns["inputs"]).cpu())
     return columns
 
 
@@ -98,10 +98,10 @@ def test_a_device_sees_what_threads_see_but_for_rounding(
     prepare = _preparation(**changes)
     pictures = _photographs(9)
     by_threads, by_device = (_decoded([*pictures], prepare, on) for on in (None, device))
-    difference = np.abs(by_threads["image"].astype(int) - by_device["image"])
+    difference = np.abs(by_threads["inputs"].astype(int) - by_device["inputs"])
     assert difference.mean() < 1
     assert difference.max() <= 12
-    for name in set(by_threads) - {"image"}:
+    for name in set(by_threads) - {"inputs"}:
         assert np.array_equal(by_threads[name], by_device[name]), name
 
 
@@ -119,8 +119,8 @@ def test_what_the_device_cannot_take_is_decoded_by_the_cpu(device: str) -> None:
     jpegs: list[bytes | None] = [_encoded(photo), _encoded(photo.convert("L"))]
     prepare = _preparation(min_crop=0.5)
     by_threads, by_device = (_decoded(others + jpegs, prepare, on) for on in (None, device))
-    assert np.array_equal(by_threads["image"][:4], by_device["image"][:4])
-    assert np.abs(by_threads["image"].astype(int) - by_device["image"]).mean() < 1
+    assert np.array_equal(by_threads["inputs"][:4], by_device["inputs"][:4])
+    assert np.abs(by_threads["inputs"].astype(int) - by_device["inputs"]).mean() < 1
     assert not any(by_device["error"])
 
 
@@ -129,7 +129,7 @@ def test_unreadable_pictures_are_named_and_the_others_are_there(device: str | No
     good = _photographs(2)
     columns = _decoded([good[0], b"no picture", None, good[1]], _preparation(), device)
     assert [error.split(":")[0] for error in columns["error"]] == ["", "1.jpg", "2.jpg", ""]
-    assert columns["image"].any((1, 2, 3)).tolist() == [True, False, False, True]
+    assert columns["inputs"].any((1, 2, 3)).tolist() == [True, False, False, True]
     assert columns["tokens"].any((1, 2)).tolist() == [True, False, False, True]
 
 
@@ -141,7 +141,7 @@ def test_a_batch_that_the_device_refuses_is_the_cpus_and_the_log_says_so(
     with caplog.at_level(logging.WARNING):
         columns = _decoded([whole[0], cut], _preparation(), "cpu")
     by_threads = _decoded([whole[0], cut], _preparation(), None)
-    assert np.array_equal(columns["image"], by_threads["image"])
+    assert np.array_equal(columns["inputs"], by_threads["inputs"])
     assert [bool(error) for error in columns["error"]] == [False, True]
     assert "0.jpg, 1.jpg" in caplog.text
 
@@ -157,7 +157,7 @@ def test_batches_come_in_order_and_no_more_than_a_few_ahead() -> None:
             asked += 1
             yield _undecoded([picture, picture], prepare, first=2 * number)
 
-    for seen, columns in enumerate(near.decoded(batches(), prepare, 2, torch.device("cpu"))):
+    for seen, columns in enumerate(decode_near.decoded(batches(), prepare, 2, torch.device("cpu"))):
         assert columns["number"].tolist() == [2 * seen, 2 * seen + 1]
-        assert asked <= seen + 1 + near.AHEAD
+        assert asked <= seen + 1 + decode_near.AHEAD
     assert asked == 9

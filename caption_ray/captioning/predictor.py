@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning.checkpoint import CheckpointError, Loaded
 from caption_ray.config import EncoderConfig, SearchConfig
 from caption_ray.data import transforms
 from caption_ray.data.vocabulary import END, PAD
+from caption_ray.model.backtrack import Hypotheses
 from caption_ray.model.encoder import to_tensor
 from caption_ray.model.graphed_search import GraphedSearch
-from caption_ray.model.search import Hypotheses, OnStep, generate
-from caption_ray.training import checkpoint
-from caption_ray.training.checkpoint import CheckpointError, Loaded
+from caption_ray.model.search import OnStep, generate
 
 Images = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, as fractions of a picture's width and height."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,16 @@ class Caption:
     None where the decoder does not attend to a grid."""
     is_whole: bool = True
     """Whether it came to its end; False if it was cut at the maximal length."""
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What became of one encoded picture: a caption, or the reason why there is none."""
+
+    caption: Caption | None
+    box: Box | None
+    """The part of the picture that the captioner saw (see `Box`)."""
+    error: str | None = None
 
 
 class Predictor:
@@ -81,7 +95,7 @@ class Predictor:
         search: SearchConfig | None = None,
         cuda_graphs: bool = False,
     ) -> Predictor:
-        """The predictor of the checkpoint or ensemble that `uri` means (see `checkpoint.find`).
+        """The predictor of the checkpoint or ensemble that `uri` means (see `run_folder.find`).
 
         `cuda_graphs`: on a GPU, run the search above as CUDA graphs, for batches of 1, 2, 4, ...
         pictures, to which others are padded; other searches, and those that draw words, run as they
@@ -89,7 +103,7 @@ class Predictor:
 
         Raises CheckpointError if there is none or it cannot be loaded.
         """
-        return cls(checkpoint.load(checkpoint.find(uri)), device, search, cuda_graphs)
+        return cls(checkpoint.load(run_folder.find(uri)), device, search, cuda_graphs)
 
     def prepare(self, data: bytes) -> Images:
         """uint8 (S, S, 3) as the captioner wants it, from an encoded picture.
@@ -142,6 +156,33 @@ class Predictor:
                 if one[1] != -math.inf  # not a number stays, to be noticed
             ]
             for image in range(count)
+        ]
+
+    def caption_pictures(
+        self,
+        pictures: Sequence[bytes | None],
+        threads: Executor,
+        search: SearchConfig | None = None,
+    ) -> list[Captioned]:
+        """The best caption of each encoded picture, decoded by `threads`; of one that is None or
+        cannot be decoded, why it has none. How is as in `predict`."""
+
+        def decode(data: bytes | None) -> tuple[Images, Box] | str:
+            try:
+                if data is None:
+                    return "there are no bytes"
+                return prepare_with_box(data, self.encoder_config)
+            except transforms.ImageError as error:
+                return str(error)
+
+        decoded = list(threads.map(decode, pictures))
+        images = [one[0] for one in decoded if not isinstance(one, str)]
+        found = iter(self.predict(np.stack(images), search) if images else [])
+        return [
+            Captioned(None, None, one)
+            if isinstance(one, str)
+            else Captioned(next(found)[0], one[1])
+            for one in decoded
         ]
 
     def _find(
@@ -229,10 +270,6 @@ class Predictor:
 def _padded(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length()
-
-
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom, as fractions of a picture's width and height."""
 
 
 def prepare(data: bytes, encoder: EncoderConfig) -> Images:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from caption_ray.captioning import metrics
+from caption_ray.captioning.metrics import CiderD, MetricsError, score
 from caption_ray.data.tokenizer import tokenize
-from caption_ray.evaluation import metrics
-from caption_ray.evaluation.metrics import CiderD, MetricsError, score
 
 Captions = list[str]
 
@@ -187,7 +187,7 @@ def test_a_missing_file_is_named(files: Callable[..., list[str]], tmp_path: Path
 
 def test_scoring_loads_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, caption_ray.evaluation.metrics as m; m.score(['a'], [['a']]); "
+        "import sys, caption_ray.captioning.metrics as m; m.score(['a'], [['a']]); "
         "print(sorted({'torch', 'ray'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from caption_ray import config, storage
+from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning.checkpoint import CheckpointError, State
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
-from caption_ray.training import checkpoint
-from caption_ray.training.checkpoint import CheckpointError, State
 
 VOCABULARY = Vocabulary(["a", "red", "circle"])
 
@@ -42,7 +42,7 @@ def _commit(tmp_path, run, step, *, model=None, keep=2, **options):
         optimizer.state_dict(),
         np.array([True, False, True]),
     )
-    uri = checkpoint.commit(folder, str(run), state, keep=keep, **options)
+    uri = run_folder.commit(folder, str(run), state, keep=keep, **options)
     return captioner, uri
 
 
@@ -74,7 +74,7 @@ def test_a_loaded_captioner_is_the_saved_one(tmp_path, tied):
 def test_serving_files_need_no_pickle(tmp_path, monkeypatch):
     _, uri = _commit(tmp_path, tmp_path / "run", 1)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled something"))
-    (tmp_path / "run" / checkpoint.folder_name(1) / checkpoint.OPTIMIZER).unlink()
+    (tmp_path / "run" / run_folder.folder_name(1) / checkpoint.OPTIMIZER).unlink()
     checkpoint.load(uri)
 
 
@@ -92,20 +92,23 @@ def test_pointers_name_the_newest_and_the_best(tmp_path):
     run = tmp_path / "runs" / "a"
     for step in (1, 2, 3):
         _commit(tmp_path, run, step, is_best=step == 2)
-    assert checkpoint.find(str(run)).endswith("checkpoint-00000003")
-    assert checkpoint.find(str(run), "best").endswith("checkpoint-00000002")
+    assert run_folder.find(str(run), "latest").endswith("checkpoint-00000003")
+    assert run_folder.find(str(run)).endswith("checkpoint-00000002")
     time.sleep(0.01)
     _commit(tmp_path, tmp_path / "runs" / "b", 1)
-    assert checkpoint.find(str(tmp_path / "runs")).endswith("b/checkpoint-00000001")
-    uri = checkpoint.find(str(run), "best")
-    assert checkpoint.find(uri) == uri
+    assert run_folder.find(str(tmp_path / "runs")).endswith("b/checkpoint-00000001")
+    uri = run_folder.find(str(run))
+    assert run_folder.find(uri) == uri
+    assert run_folder.find(f"{run}/latest").endswith("checkpoint-00000003")
+    assert run_folder.find(f"{run}/best", "latest") == uri
+    assert run_folder.find(f"{tmp_path}/runs/latest").endswith("b/checkpoint-00000001")
 
 
 def test_the_newest_and_the_best_are_kept_and_the_rest_removed(tmp_path):
     run = tmp_path / "run"
     for step in range(1, 7):
         _commit(tmp_path, run, step, keep=2, is_best=step == 2)
-    assert storage.list_folders(str(run)) == [checkpoint.folder_name(n) for n in (2, 5, 6)]
+    assert storage.list_folders(str(run)) == [run_folder.folder_name(n) for n in (2, 5, 6)]
 
 
 def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
@@ -115,16 +118,16 @@ def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
     with pytest.raises(storage.StorageError):
         _commit(tmp_path, run, 2)
     monkeypatch.undo()
-    assert checkpoint.find(str(run)) == good
+    assert run_folder.find(str(run), "latest") == good
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        checkpoint.load(str(run / checkpoint.folder_name(2)))
+        checkpoint.load(str(run / run_folder.folder_name(2)))
     checkpoint.load(good)
 
 
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.VOCABULARY, checkpoint.STATE])
 def test_a_damaged_file_is_named(tmp_path, name):
     _, uri = _commit(tmp_path, tmp_path / "run", 1)
-    path = tmp_path / "run" / checkpoint.folder_name(1) / name
+    path = tmp_path / "run" / run_folder.folder_name(1) / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
@@ -137,7 +140,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     _, uri = _commit(tmp_path, tmp_path / "run", 1)
-    folder = tmp_path / "run" / checkpoint.folder_name(1)
+    folder = tmp_path / "run" / run_folder.folder_name(1)
     values = json.loads((folder / checkpoint.CONFIG).read_text())
     values["model"]["decoder"]["hidden_dim"] = 32
     changed = json.dumps(values).encode()
@@ -153,7 +156,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 def test_nothing_to_find_says_how_to_get_one(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither a checkpoint .*python jobs/train\.py"):
-        checkpoint.find(str(tmp_path))
+        run_folder.find(str(tmp_path))
 
 
 def _best(run):
@@ -163,14 +166,14 @@ def _best(run):
 def test_the_best_is_the_one_of_highest_cider_d(tmp_path):
     run = tmp_path / "run"
     uris = {step: _commit(tmp_path, run, step, keep=9)[1] for step in (1, 2, 3)}
-    assert _best(run)["checkpoint"] == checkpoint.folder_name(1), "until one is validated"
+    assert _best(run)["checkpoint"] == run_folder.folder_name(1), "until one is validated"
     crowned = [
-        checkpoint.crown(uris[step], {checkpoint.CRITERION: score})
+        run_folder.crown(uris[step], {run_folder.CRITERION: score})
         for step, score in ((1, 0.2), (2, 0.5), (3, 0.5))
     ]
     assert crowned == [True, True, False]
-    assert _best(run)["checkpoint"] == checkpoint.folder_name(2)
-    assert _best(run)["metrics"] == {"val/loss": 1.5, checkpoint.CRITERION: 0.5}
+    assert _best(run)["checkpoint"] == run_folder.folder_name(2)
+    assert _best(run)["metrics"] == {"val/loss": 1.5, run_folder.CRITERION: 0.5}
 
 
 def test_a_checkpoint_is_not_pruned_before_its_validation(tmp_path):
@@ -178,11 +181,11 @@ def test_a_checkpoint_is_not_pruned_before_its_validation(tmp_path):
     _commit(tmp_path, run, 1)
     for step in (2, 3, 4, 5):
         _commit(tmp_path, run, step, keep=1, to_validate=step == 3)
-    kept = [checkpoint.step_of(name) for name in storage.list_folders(str(run))]
+    kept = [run_folder.step_of(name) for name in storage.list_folders(str(run))]
     assert kept == [1, 3, 5], "the best, the one to validate, the newest"
-    checkpoint.release_all(str(run))
+    run_folder.release_all(str(run))
     _commit(tmp_path, run, 6, keep=1)
-    kept = [checkpoint.step_of(name) for name in storage.list_folders(str(run))]
+    kept = [run_folder.step_of(name) for name in storage.list_folders(str(run))]
     assert kept == [1, 6]
 
 
@@ -202,10 +205,10 @@ def test_several_uris_mean_an_ensemble_each_found_by_itself(tmp_path, monkeypatc
     second, latest = _commit(tmp_path, tmp_path / "runs/one", 2)
     _, other = _commit(tmp_path, tmp_path / "two", 3, is_best=True)
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.find("runs,two", "best") == f"{best},{other}"
-    assert checkpoint.find(f"runs/one , {best}") == f"{latest},{best}"
-    found = checkpoint.find("runs,two", "best")
-    assert checkpoint.find(found) == found, "they are their own names"
+    assert run_folder.find("runs,two", "best") == f"{best},{other}"
+    assert run_folder.find(f"runs/one , {best}", "latest") == f"{latest},{best}"
+    found = run_folder.find("runs,two", "best")
+    assert run_folder.find(found) == found, "they are their own names"
 
     loaded = checkpoint.load(f"{best},{latest}")
     assert [member.uri for member in loaded.members] == [best, latest]
@@ -219,14 +222,14 @@ def test_several_uris_mean_an_ensemble_each_found_by_itself(tmp_path, monkeypatc
 def test_a_local_path_may_have_commas(tmp_path):
     _, uri = _commit(tmp_path, tmp_path / "Runs, all of them/one", 1, is_best=True)
     for place in (uri, uri.rpartition("/")[0], str(tmp_path / "Runs, all of them")):
-        assert checkpoint.find(place) == uri
+        assert run_folder.find(place) == uri
     assert checkpoint.load(uri).uri == uri
 
 
 def test_a_member_that_is_not_there_is_named(tmp_path):
     _, uri = _commit(tmp_path, tmp_path / "one", 1)
     with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: neither"):
-        checkpoint.find(f"{uri},{tmp_path}/none")
+        run_folder.find(f"{uri},{tmp_path}/none")
     with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: not a whole"):
         checkpoint.load(f"{uri},{tmp_path}/none")
 
@@ -270,9 +273,9 @@ def test_a_second_checkpoint_of_a_step_never_touches_the_one_that_is_named(tmp_p
     with pytest.raises(storage.StorageError):
         _commit(tmp_path, run, 1)
     monkeypatch.undo()
-    assert checkpoint.load(checkpoint.find(str(run))).uri == first
+    assert checkpoint.load(run_folder.find(str(run), "latest")).uri == first
     _, second = _commit(tmp_path, run, 1, keep=1, is_best=True)
-    assert second != first and checkpoint.find(str(run)) == second
+    assert second != first and run_folder.find(str(run), "latest") == second
     assert checkpoint.load(second).state.step == 1
     assert storage.list_folders(str(run)) == [storage.name(second)]
 
@@ -288,13 +291,13 @@ def test_the_pointers_stay_where_they_are_if_the_upload_is_not_whole(tmp_path, m
     )
     with pytest.raises(storage.StorageError, match=r"model\.safetensors: \d+ bytes after"):
         _commit(tmp_path, run, 2)
-    assert checkpoint.find(str(run)) == good
+    assert run_folder.find(str(run), "latest") == good
 
 
 def test_a_checkpoint_that_was_never_named_is_forgotten_once_the_run_goes_on(tmp_path, monkeypatch):
     """A commit killed between the manifest and latest.json leaves it: whole, yet nobody's past."""
     run = tmp_path / "run"
-    names = [checkpoint.folder_name(step) for step in range(6)]
+    names = [run_folder.folder_name(step) for step in range(6)]
     for step in (1, 2):
         _commit(tmp_path, run, step, is_best=step == 1)
     _cut_off_at("latest.json", monkeypatch)
@@ -302,12 +305,12 @@ def test_a_checkpoint_that_was_never_named_is_forgotten_once_the_run_goes_on(tmp
         with pytest.raises(storage.StorageError):
             _commit(tmp_path, run, step, after=2, to_validate=True)
     monkeypatch.undo()
-    assert checkpoint.find(str(run)).endswith(names[2])
+    assert run_folder.find(str(run), "latest").endswith(names[2])
     assert storage.list_folders(str(run)) == names[1:5]
     checkpoint.load(str(run / names[4]))
     _, uri = _commit(tmp_path, run, 3, after=2)  # with more workers, in another order
     assert storage.list_folders(str(run)) == names[1:4]
-    assert not storage.exists(storage.join(uri, checkpoint.TO_VALIDATE)), "of the first of step 3"
+    assert not storage.exists(storage.join(uri, run_folder.TO_VALIDATE)), "of the first of step 3"
     _commit(tmp_path, run, 5, after=3)
     assert storage.list_folders(str(run)) == [names[1], names[3], names[5]]
 
@@ -316,11 +319,11 @@ def test_unfinished_checkpoints_do_not_count_among_those_that_are_kept(tmp_path)
     run = tmp_path / "run"
     for step in (1, 2):
         _commit(tmp_path, run, step, is_best=True)
-    (run / checkpoint.folder_name(7)).mkdir()
-    (run / checkpoint.folder_name(7) / ".model.safetensors.x.part").write_bytes(b"half")
+    (run / run_folder.folder_name(7)).mkdir()
+    (run / run_folder.folder_name(7) / ".model.safetensors.x.part").write_bytes(b"half")
     (run / ".latest.json.y.part").write_bytes(b"half")
     _commit(tmp_path, run, 3)
-    assert storage.list_folders(str(run)) == [checkpoint.folder_name(n) for n in (2, 3)]
+    assert storage.list_folders(str(run)) == [run_folder.folder_name(n) for n in (2, 3)]
     assert sorted(path.name for path in run.iterdir() if path.is_file()) == [
         "best.json",
         "latest.json",

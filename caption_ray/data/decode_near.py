@@ -33,7 +33,7 @@ Columns: TypeAlias = dict[str, Any]
 """What Preparation gives of each of B pictures, stacked."""
 
 Undecoded: TypeAlias = tuple[Sequence[pa.Scalar], Columns]
-"""The encoded pictures of a batch, and its columns but for `image`."""
+"""The encoded pictures of a batch, and its columns except `inputs`."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 def decoded(
     batches: Iterable[Undecoded], prepare: Preparation, threads: int, device: torch.device | None
 ) -> Iterator[Columns]:
-    """The batches with their pictures as `image`, uint8 (B, S, S, 3), made by so many threads that
+    """The batches with their pictures as `inputs`, uint8 (B, S, S, 3), made by so many threads that
     are AHEAD of the reader: as arrays, or with a device on that (see `squares_on`)."""
     ahead: deque[tuple[Columns, list[Future[None]]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -66,11 +66,11 @@ def _begin(
     if device is not None:
 
         def decode_all() -> None:
-            columns["image"] = squares_on(device, encoded, columns, prepare)
+            columns["inputs"] = squares_on(device, encoded, columns, prepare)
 
         return [pool.submit(decode_all)]
     size = prepare.encoder.image_size
-    columns["image"] = images = np.empty((len(encoded), size, size, 3), np.uint8)
+    columns["inputs"] = images = np.empty((len(encoded), size, size, 3), np.uint8)
 
     def decode_some(first: int) -> None:
         for i in range(first, min(first + TOGETHER, len(encoded))):
@@ -82,7 +82,7 @@ def _begin(
 def _finished(columns: Columns, decoding: list[Future[None]]) -> Columns:
     for future in decoding:
         future.result()
-    images = columns["image"]
+    images = columns["inputs"]
     if isinstance(images, Tensor) and images.is_cuda:
         # its memory belongs to another stream's pool
         images.record_stream(torch.cuda.current_stream(images.device))
@@ -100,7 +100,7 @@ def _square(
     row = {name: columns[name][i] for name in ("tokens", "number", "file_name", "flip", "error")}
     prepare.square(encoded[i].as_py(), row, out)
     if row["error"]:
-        columns["error"][i], columns["captions"][i] = row["error"], ""
+        columns["error"][i], columns["captions_json"][i] = row["error"], ""
 
 
 # On a GPU -------------------------------------------------------------------------------------

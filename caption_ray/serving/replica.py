@@ -20,12 +20,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.serve import metrics
 
+from caption_ray.captioning import run_folder
+from caption_ray.captioning.checkpoint import CheckpointError
+from caption_ray.captioning.predictor import Caption, Images, Predictor
 from caption_ray.config import EncoderConfig, SearchConfig
-from caption_ray.serving.backend import Answer, Options
 from caption_ray.serving.batching import Batcher, QueueFullError
-from caption_ray.serving.predictor import Caption, Images, Predictor
-from caption_ray.training import checkpoint
-from caption_ray.training.checkpoint import CheckpointError
+from caption_ray.serving.contract import Answer, Options
+
+DEPLOYMENT = "Captioner"
+"""Name of the deployment, in serve_config.yaml and in Ray's dashboard."""
 
 HANG_S = 60.0
 """Seconds after which a batch that still runs means that the device hangs."""
@@ -37,13 +40,14 @@ logger = logging.getLogger("ray.serve")
 
 
 class Serving(BaseModel):
-    """`user_config` of the Captioner in serve_config.yaml: may be changed while it serves."""
+    """`user_config` of `Captioner` in serve_config.yaml: it may be changed while it serves."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     checkpoint: str = Field(min_length=1)
-    """`latest` or `best` of the run in `storage` that was written to last, or the URI of a
-    checkpoint or run; several URIs, separated by commas, caption together."""
+    """`best` or `latest` of the run in `storage` that was written to last, or the URI of a
+    checkpoint or run (see `run_folder.find`); several URIs, separated by commas, caption
+    together."""
 
     storage: str = Field(min_length=1)
     """URI of the folder that holds all runs, or of one run."""
@@ -55,9 +59,9 @@ class Serving(BaseModel):
 
     def find(self) -> str:
         """The checkpoint that is meant now. Raises CheckpointError if there is none."""
-        if self.checkpoint in checkpoint.POINTERS:
-            return checkpoint.find(self.storage, self.checkpoint)  # type: ignore[arg-type]
-        return checkpoint.find(self.checkpoint)
+        if self.checkpoint in run_folder.POINTERS:
+            return run_folder.find(self.storage, self.checkpoint)
+        return run_folder.find(self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class _Item:
             self.on_words(new)
 
 
-class Captioner:
+class CaptionerReplica:
     """One device: captions prepared pictures, as many at once as have come in."""
 
     def __init__(
