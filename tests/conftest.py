@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))
+import patience
 
 COCO_MINI_VARIABLE = "CAPTION_RAY_COCO_MINI"
 
@@ -186,11 +189,8 @@ class Endpoint:
             self.wait_until(self.is_running)
 
     @staticmethod
-    def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, f"not within {timeout_s} s"
-            time.sleep(0.1)
+    def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+        patience.wait_until(condition, seconds, "the endpoint")
 
     @staticmethod
     def application() -> Any:

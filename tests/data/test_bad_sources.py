@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import scaled
 from PIL import Image
 
 from caption_ray.data import shards as format
@@ -253,7 +254,7 @@ def test_the_ingest_job_ends_with_one_line_that_says_why(zipped, tmp_path):
     job = subprocess.run(
         [sys.executable, str(ROOT / "jobs/ingest.py"), "--source", zipped, "--out",
          str(tmp_path / "out"), "--splits", "train"],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=scaled(300),
     )  # fmt: skip
     assert job.returncode == 1 and "Traceback" not in job.stderr
     assert "train.zip: a broken zip" in job.stderr.splitlines()[-1]

@@ -1,3 +1,5 @@
+"""Real S3 servers, clusters, kills, browsers, npm and Java: all that is here is marked `slow`."""
+
 from __future__ import annotations
 
 import sys
@@ -8,11 +10,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from serving_fixtures import (  # noqa: F401
+    backend,
+    captions,
+    client,
+    load_on,
+    picture,
+    predictor,
+    refused,
+    save_run,
+)
 from swift_server import swift_s3, why_unavailable
 
 if TYPE_CHECKING:
     from swift_server import S3Server
+
+FOLDER = Path(__file__).parent
 
 # Each would lead boto3 or pyarrow past the variables that the fixture sets.
 COMPETING_VARIABLES = (
@@ -23,6 +37,12 @@ COMPETING_VARIABLES = (
     "AWS_REGION",
     "AWS_SESSION_TOKEN",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +64,12 @@ def s3() -> Iterator[S3Server]:
 def bucket(s3: S3Server) -> Iterator[str]:
     """The URI of an empty bucket, removed after the test with all that it holds."""
     boto3 = pytest.importorskip("boto3")
-    client = boto3.client("s3")
+    s3_client = boto3.client("s3")
     name = f"test-{uuid.uuid4().hex[:12]}"
-    client.create_bucket(Bucket=name)
+    s3_client.create_bucket(Bucket=name)
     yield f"s3://{name}"
     everything = boto3.resource("s3").Bucket(name)
     for upload in everything.multipart_uploads.all():
         upload.abort()
     everything.objects.all().delete()
-    client.delete_bucket(Bucket=name)
+    s3_client.delete_bucket(Bucket=name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from patience import scaled
 
 from caption_ray import storage
 from caption_ray.data.ingest import read_index
@@ -44,7 +45,7 @@ def _job(name, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=scaled(500),
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     # Ray Train's cleaner, which asks the dashboard of the right Ray: else it would complain

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from killing import FILE_CHANGES, REQUESTS, count, ingest_without_ray, kill, spread
+from patience import scaled
 
 from caption_ray import config, storage
 from caption_ray.captioning import checkpoint, run_folder
@@ -91,7 +92,9 @@ def test_the_ingest_job_killed_in_its_course_is_completed(coco_mini, tmp_path):
     job.communicate()
     assert not (out / "index.json").exists()
     assert receipts() >= 7
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=scaled(300)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     kill(FILE_CHANGES, 0, ingest_without_ray, str(coco_mini), str(tmp_path / "undisturbed"), 8)
     assert _contents(out) == _contents(tmp_path / "undisturbed")

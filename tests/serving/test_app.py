@@ -6,8 +6,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,42 +90,6 @@ def test_huggingface_client_understands_refusals(server: Server) -> None:
     client = InferenceClient(model=f"{server.url}/caption")
     with pytest.raises(HfHubHTTPError, match="accepted format.*JPEG, PNG"):
         client.image_to_text(b"no picture")
-
-
-JAVASCRIPT = """
-import { readFileSync } from "node:fs";
-import { InferenceClient } from "@huggingface/inference";
-const [url, file] = process.argv.slice(2);
-const client = new InferenceClient();
-const data = new Blob([readFileSync(file)]);
-console.log(JSON.stringify(await client.imageToText({ data, endpointUrl: url })));
-try {
-  await client.imageToText({ data: new Blob(["no picture"]), endpointUrl: url });
-} catch (error) {
-  console.log(JSON.stringify(`${error.message} ${JSON.stringify(error.httpResponse ?? null)}`));
-}
-"""
-
-
-def test_huggingface_javascript_client_gets_captions(
-    server: Server, picture: MakePicture, tmp_path: Path
-) -> None:
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    install = ["npm", "install", "--no-audit", "--no-fund", "@huggingface/inference"]
-    installed = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    if installed.returncode:
-        pytest.skip(f"npm cannot install @huggingface/inference: {installed.stderr[-200:]}")
-    (tmp_path / "picture.jpg").write_bytes(picture(1))
-    (tmp_path / "ask.mjs").write_text(JAVASCRIPT)
-    asked = subprocess.run(
-        ["node", "ask.mjs", f"{server.url}/caption?format=object", "picture.jpg"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert asked.returncode == 0, asked.stderr
-    answer, refusal = (json.loads(line) for line in asked.stdout.splitlines())
-    assert answer["generated_text"] == server.expected(picture(1))
-    assert "JPEG, PNG" in refusal
 
 
 def openai_messages(data: bytes) -> Any:
