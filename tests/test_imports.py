@@ -18,8 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 GROUND = {"config", "storage", "ray_internals", "cluster"}
 BELOW = {
     "config": set(),
-    "storage": {"backends"},
-    "backends": set(),
+    "storage": set(),
     "ray_internals": set(),
     "cluster": {"config", "storage", "ray_internals"},
     "data": GROUND,

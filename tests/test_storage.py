@@ -156,3 +156,19 @@ def test_what_killed_writers_left_is_removed_where_asked_and_nowhere_else(tmp_pa
         path.write_bytes(b"x")
     storage.delete_partial(str(tmp_path / "a"))
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == {*whole, *others}
+
+
+def test_the_time_out_is_read_when_it_is_needed(monkeypatch):
+    monkeypatch.setenv(storage.READ_TIMEOUT_VARIABLE, "7.5")
+    storage._backend.cache_clear()
+    backend = storage._backend("http", os.getpid())
+    assert backend.pool.connection_pool_kw["timeout"].read_timeout == 7.5
+    storage._backend.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf"])
+def test_a_time_out_that_is_none_is_refused_by_name(monkeypatch, value):
+    monkeypatch.setenv(storage.READ_TIMEOUT_VARIABLE, value)
+    storage._backend.cache_clear()
+    with pytest.raises(ValueError, match=f"CAPTION_RAY_READ_TIMEOUT is '{value}'"):
+        storage.read_bytes("http://127.0.0.1:1/x")

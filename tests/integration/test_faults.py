@@ -10,7 +10,7 @@ import pytest
 from fault_proxy import FAULTS, FaultProxy, table
 from safetensors.numpy import load
 
-from caption_ray import backends, config, storage
+from caption_ray import config, storage
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data.dataset import open_source
 from caption_ray.data.ingest import ingest, read_index
@@ -40,7 +40,7 @@ def road(s3, coco_mini):
     proxy.report = {}
     with proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        patch.setenv(backends.READ_TIMEOUT_VARIABLE, "3")
+        patch.setenv(storage.READ_TIMEOUT_VARIABLE, "3")
         patch.setenv("RAY_ADDRESS", "local")
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, context, initializer=own_ray.start) as executor:

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from fault_proxy import FAULTS, FaultProxy
 
-from caption_ray import backends, storage
+from caption_ray import storage
 
 
 @pytest.fixture
 def proxy(s3, monkeypatch):
     """No faults yet; storage goes through it, with little patience."""
     monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(backends, "READ_TIMEOUT", 0.5)
+    monkeypatch.setenv(storage.READ_TIMEOUT_VARIABLE, "0.5")
     with FaultProxy(s3.endpoint_url, trickle_s=0.1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         storage._backend.cache_clear()

@@ -3,9 +3,9 @@
 A `uri` may be remote or local, a `path` is local. Writes commit atomically: a reader sees the old
 file or the whole new one. S3 goes through boto3 (its credential chain, `AWS_ENDPOINT_URL` for
 MinIO-like servers). Reads are verified and retried as a whole, because a body that breaks off
-half-way, trickles in or has a wrong byte is nothing that boto3 mends by itself; backends.py does
-each thing once, here is the patience. Functions raise FileNotFoundError for what is not there and
-StorageError, naming the URI, for what stays broken.
+half-way, trickles in or has a wrong byte is nothing that boto3 mends by itself. The modules beside
+this one, one a kind of storage, do each thing once; here is the patience. Functions raise
+FileNotFoundError for what is not there and StorageError, naming the URI, for what stays broken.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
-from caption_ray import backends
-from caption_ray.backends import Backend, Buffer
-from caption_ray.backends import DamagedError as DamagedError
-from caption_ray.backends import StorageError as StorageError
+from caption_ray.storage.arrow import Arrow
+from caption_ray.storage.common import READ_TIMEOUT_VARIABLE as READ_TIMEOUT_VARIABLE
+from caption_ray.storage.common import Backend, Buffer, HttpStatus
+from caption_ray.storage.common import DamagedError as DamagedError
+from caption_ray.storage.common import StorageError as StorageError
+from caption_ray.storage.http import Http
+from caption_ray.storage.local import Local
+from caption_ray.storage.s3 import S3
 
 ATTEMPTS = 6
 """How often a remote operation is tried before it counts as broken."""
@@ -269,12 +273,12 @@ def retry_damaged(uri: str, operation: Callable[[], T]) -> T:
 def _backend(kind: str, process: int) -> Backend:
     """One client per process: connection pools must not be shared across a fork."""
     kinds: dict[str, Callable[[], Backend]] = {
-        "file": backends.Local,
-        "s3": backends.S3,
-        "http": backends.Http,
-        "https": backends.Http,
+        "file": Local,
+        "s3": S3,
+        "http": Http,
+        "https": Http,
     }
-    return kinds.get(kind, backends.Arrow)()
+    return kinds.get(kind, Arrow)()
 
 
 def _retried(uri: str, operation: Callable[[Backend, str], T]) -> T:
@@ -309,7 +313,7 @@ def _final(uri: str, error: Exception, attempts: int) -> StorageError:
 
 def _status(error: Exception) -> int | None:
     """Of an answer over HTTP; None if there was none."""
-    if isinstance(error, backends.HttpStatus):
+    if isinstance(error, HttpStatus):
         return error.status
     response = getattr(error, "response", None)  # botocore's ClientError
     if isinstance(response, dict):

@@ -1,0 +1,170 @@
+"""`s3://` through boto3: its credential chain, `AWS_ENDPOINT_URL` for MinIO-like servers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from caption_ray.storage.common import (
+    CONNECT_TIMEOUT,
+    Buffer,
+    DamagedError,
+    read_into,
+    read_timeout,
+    time_limit,
+)
+
+PART_BYTES = 8 << 20
+"""Larger objects go to S3 in parts of this size."""
+
+
+class S3:
+    """`s3://bucket/key` through boto3."""
+
+    def __init__(self) -> None:
+        import boto3
+        from boto3.s3.transfer import TransferConfig
+        from botocore.config import Config
+
+        # a session of its own: the default one remembers the first credentials it saw
+        self.client = boto3.session.Session().client(
+            "s3",
+            config=Config(
+                connect_timeout=CONNECT_TIMEOUT,
+                read_timeout=read_timeout(),
+                # one quick retry of each request, so that a part which fails does not cost the
+                # whole object; the patience is in storage/__init__.py
+                retries={"mode": "standard", "total_max_attempts": 2},
+                max_pool_connections=32,
+            ),
+        )
+        self.transfer = TransferConfig(
+            multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES
+        )
+        self.doubted: dict[str, str] = {}
+        """URI -> MD5 of what was read last where the server's ETag is another one."""
+        self.opaque: set[str] = set()
+        """Buckets whose ETags are no MD5 of the content."""
+
+    @staticmethod
+    def split(uri: str) -> tuple[str, str]:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise ValueError(f"{uri!r}: give s3://bucket/key")
+        return bucket, key
+
+    def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
+        extra = {"Range": f"bytes={window[0]}-{window[0] + window[1] - 1}"} if window else {}
+        with self.opened(uri, **extra) as answer:
+            data: bytes = answer["Body"].read()
+        if window is None:
+            self.compare_with_etag(uri, data, answer)
+        return data
+
+    def read_large(self, uri: str) -> Buffer:
+        # not compared with its ETag: an MD5 takes longer than all else together
+        with self.opened(uri) as answer:
+            return read_into(answer["Body"].readinto, answer["ContentLength"])
+
+    @contextmanager
+    def opened(self, uri: str, **options: str) -> Iterator[dict[str, Any]]:
+        """The server's answer, its `Body` still to be read within the time that it may take."""
+        bucket, key = self.split(uri)
+        answer = self.client.get_object(Bucket=bucket, Key=key, **options)
+        # boto3 offers no other way to the connection than this private name
+        with time_limit(answer["Body"]._raw_stream, answer["ContentLength"]):
+            yield answer
+
+    def compare_with_etag(self, uri: str, data: bytes, answer: dict[str, Any]) -> None:
+        """Raise DamagedError if the server's ETag says that these are not the object's bytes.
+
+        Not every ETag is an MD5 (objects in parts, encryption, directory buckets). One that is
+        not contradicts any number of equal reads, while no two damaged reads are alike.
+        """
+        bucket, _ = self.split(uri)
+        etag = answer.get("ETag", "").strip('"')
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if digest == etag or "-" in etag or bucket in self.opaque:
+            return
+        if self.doubted.pop(uri, None) == digest:
+            self.opaque.add(bucket)
+            return
+        self.doubted[uri] = digest
+        raise DamagedError(f"{uri}: bytes of MD5 {digest} where the server's ETag is {etag}")
+
+    def write(self, uri: str, data: bytes) -> None:
+        bucket, key = self.split(uri)
+        # objects above PART_BYTES go in parts; either way they appear at once
+        self.client.upload_fileobj(io.BytesIO(data), bucket, key, Config=self.transfer)
+        # servers that know the checksums which boto3 sends have compared them; not all do
+        stored = self.client.head_object(Bucket=bucket, Key=key)
+        if stored["ContentLength"] == len(data) and stored.get("ETag", "").strip('"') == _etag(
+            data
+        ):
+            return
+        if self.read(uri, None) != data:  # an ETag that is no MD5 is no reason to complain
+            raise DamagedError(f"{uri}: the server does not hold what was sent")
+
+    def size(self, uri: str) -> int:
+        bucket, key = self.split(uri)
+        if not key:
+            raise FileNotFoundError(f"{uri}: a bucket, not an object")
+        return int(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+    def pages(self, operation: str, uri: str, **options: str) -> Iterator[dict[str, Any]]:
+        bucket, key = self.split(uri)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        paginator = self.client.get_paginator(operation)
+        return iter(paginator.paginate(Bucket=bucket, Prefix=prefix, **options))
+
+    def walk(self, uri: str) -> Iterator[str]:
+        bucket, _ = self.split(uri)
+        for page in self.pages("list_objects_v2", uri):
+            for item in page.get("Contents", []):
+                if not item["Key"].endswith("/"):
+                    yield f"s3://{bucket}/{item['Key']}"
+
+    def folders(self, uri: str) -> Iterator[str]:
+        for page in self.pages("list_objects_v2", uri, Delimiter="/"):
+            for item in page.get("CommonPrefixes", []):
+                yield item["Prefix"].rstrip("/").rsplit("/", 1)[-1]
+
+    def delete(self, uri: str) -> None:
+        # one by one: the batch call needs a Content-MD5 that not every S3 server still accepts
+        for file in [*self.walk(uri), uri]:
+            bucket, key = self.split(file)
+            self.client.delete_object(Bucket=bucket, Key=key)
+
+    def delete_partial(self, uri: str) -> None:
+        from botocore.exceptions import ClientError
+
+        bucket, key = self.split(uri)
+        pages = self.client.get_paginator("list_multipart_uploads")
+        try:
+            for page in pages.paginate(Bucket=bucket, Prefix=key):
+                for upload in page.get("Uploads", []):
+                    if not key or f"{upload['Key']}/".startswith(f"{key}/"):
+                        where = {"Bucket": bucket, "Key": upload["Key"]}
+                        self.client.abort_multipart_upload(**where, UploadId=upload["UploadId"])
+        except ClientError as error:
+            # not allowed, or not known to this server: the parts cost money, but harm nobody
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 405, 501):
+                raise
+            logging.getLogger(__name__).warning("%s: unfinished uploads stay (%s)", uri, error)
+
+
+def _etag(data: bytes) -> str:
+    """What S3 servers name an unencrypted object: its MD5, or that of the MD5s of its parts."""
+
+    def md5(part: bytes | memoryview) -> Any:
+        return hashlib.md5(part, usedforsecurity=False)
+
+    if len(data) < PART_BYTES:
+        return str(md5(data).hexdigest())
+    view = memoryview(data)
+    parts = [md5(view[start : start + PART_BYTES]) for start in range(0, len(data), PART_BYTES)]
+    return f"{md5(b''.join(part.digest() for part in parts)).hexdigest()}-{len(parts)}"
