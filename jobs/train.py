@@ -4,7 +4,7 @@ Without arguments: the embedded data set of drawn scenes, some minutes on a lapt
 On a cluster: `ray job submit --working-dir . -- python jobs/train.py coco --data.shards URI ...`.
 """
 
-from caption_ray import cluster, config
+from caption_ray import cluster, config, storage
 from caption_ray.evaluation import evaluate, report
 from caption_ray.training import trainer
 
@@ -14,7 +14,7 @@ def main() -> None:
     cluster.connect()
     try:
         finished = trainer.train(settings)
-    except (ValueError, trainer.RunError) as error:
+    except (ValueError, storage.StorageError, trainer.RunError) as error:
         raise SystemExit(f"error: {error}") from None
     except trainer.Stopped as stopped:
         raise SystemExit(str(stopped)) from None

@@ -87,7 +87,7 @@ def read_picture(location: Location | None) -> bytes:
         if location.offset is None:
             return storage.read_bytes(location.uri)
         return _read_entry(location, location.offset)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except FileNotFoundError:
         raise PictureError("missing") from None
     except storage.DamagedError as error:
         raise PictureError(f"corrupt: {error}") from None

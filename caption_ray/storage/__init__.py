@@ -22,14 +22,22 @@ from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
+from caption_ray.storage import failures, local
 from caption_ray.storage.arrow import Arrow
 from caption_ray.storage.common import READ_TIMEOUT_VARIABLE as READ_TIMEOUT_VARIABLE
-from caption_ray.storage.common import Backend, Buffer, HttpStatus
+from caption_ray.storage.common import Backend, Buffer
 from caption_ray.storage.common import DamagedError as DamagedError
 from caption_ray.storage.common import StorageError as StorageError
 from caption_ray.storage.http import Http
-from caption_ray.storage.local import Local
 from caption_ray.storage.s3 import S3
+from caption_ray.storage.uris import arrow_uri as arrow_uri
+from caption_ray.storage.uris import is_local as is_local
+from caption_ray.storage.uris import join as join
+from caption_ray.storage.uris import name as name
+from caption_ray.storage.uris import parent as parent
+from caption_ray.storage.uris import relative as relative
+from caption_ray.storage.uris import resolve as resolve
+from caption_ray.storage.uris import scheme as scheme
 
 ATTEMPTS = 6
 """How often a remote operation is tried before it counts as broken."""
@@ -38,42 +46,6 @@ LONGEST_PAUSE = 20.0
 """Seconds; the upper bound of the pause between two tries."""
 
 T = TypeVar("T")
-
-
-# URIs -----------------------------------------------------------------------------------------
-
-
-def scheme(uri: str) -> str:
-    """`s3`, `http`, ... or `file` for a local path."""
-    head, separator, _ = uri.partition("://")
-    return head.lower() if separator else "file"
-
-
-def resolve(uri: str) -> str:
-    """An absolute form of `uri` that means the same in every process and folder."""
-    if scheme(uri) != "file":
-        return uri.rstrip("/")
-    return str(Path(uri.removeprefix("file://")).expanduser().resolve())
-
-
-def is_local(uri: str) -> bool:
-    """Whether `uri` is a path on this machine."""
-    return scheme(uri) == "file"
-
-
-def join(uri: str, *parts: str) -> str:
-    """`uri/part/part`."""
-    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
-
-
-def name(uri: str) -> str:
-    """The last part of `uri`."""
-    return uri.rstrip("/").rsplit("/", 1)[-1]
-
-
-def parent(uri: str) -> str:
-    """`uri` without its last part."""
-    return uri.rstrip("/").rsplit("/", 1)[0]
 
 
 # Operations -----------------------------------------------------------------------------------
@@ -169,6 +141,7 @@ def delete_partial(uri: str) -> None:
 
 def upload(path: str | Path, uri: str) -> None:
     """Copy the files of a local folder below `uri`."""
+    uri = resolve(uri)
     for file in sorted(Path(path).rglob("*")):
         if file.is_file():
             write_bytes(join(uri, file.relative_to(path).as_posix()), file.read_bytes())
@@ -185,7 +158,7 @@ def download(uri: str, path: str | Path) -> Path:
     if not files:
         raise FileNotFoundError(f"{uri}: nothing there")
     for file in files:
-        copy = target / file[len(resolve(uri)) + 1 :]
+        copy = target / relative(file, resolve(uri))
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(read_bytes(file))
     return target
@@ -206,7 +179,7 @@ def checksum(data: Buffer) -> str:
 def open_seekable(uri: str) -> BinaryIO:
     """A read-only file object that fetches only the ranges that are read (zip directories)."""
     if scheme(uri) == "file":
-        return open(resolve(uri), "rb")
+        return _retried(uri, lambda _, where: local.opened(where))
     return io.BufferedReader(_RangeFile(uri), buffer_size=1 << 20)
 
 
@@ -234,35 +207,6 @@ class _RangeFile(io.RawIOBase):
 
 # Trying again ---------------------------------------------------------------------------------
 
-PASSING_CODES = (
-    "BadDigest",  # of an upload; the next ones too: what arrived is not what was sent
-    "IncompleteBody",
-    "XAmzContentChecksumMismatch",
-    "XAmzContentSHA256Mismatch",
-    "NoSuchUpload",  # completed by a request whose answer was lost
-    "OperationAborted",
-    "RequestTimeout",
-)
-"""S3's names of errors that are the client's by their status, and yet pass."""
-
-EXPIRED_CODES = (
-    "ExpiredToken",
-    "ExpiredTokenException",
-    "TokenRefreshRequired",
-    "400",  # all of them where a HEAD was asked: its answer has no body to name them in
-)
-"""S3's names for credentials that the chain has to be asked for again."""
-
-LASTING_ERRORS = (
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "ParamValidationError",
-    "NoRegionError",
-    "InvalidRegionError",
-)
-"""boto3's names for settings that will not mend themselves; whatever else is below HTTP may."""
-
 
 def retry_damaged(uri: str, operation: Callable[[], T]) -> T:
     """What `operation` returns, which reads from `uri`; again while it raises DamagedError."""
@@ -273,7 +217,7 @@ def retry_damaged(uri: str, operation: Callable[[], T]) -> T:
 def _backend(kind: str, process: int) -> Backend:
     """One client per process: connection pools must not be shared across a fork."""
     kinds: dict[str, Callable[[], Backend]] = {
-        "file": Local,
+        "file": local.Local,
         "s3": S3,
         "http": Http,
         "https": Http,
@@ -283,53 +227,28 @@ def _backend(kind: str, process: int) -> Backend:
 
 def _retried(uri: str, operation: Callable[[Backend, str], T]) -> T:
     """`operation(backend, resolved uri)`, tried until it succeeds or there is no hope."""
-    kind, where = scheme(uri), resolve(uri)
+    kind, where, refreshed = scheme(uri), resolve(uri), False
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return operation(_backend(kind, os.getpid()), where)
         except Exception as error:
-            if kind == "file" or isinstance(error, (FileNotFoundError, ValueError)):
+            if isinstance(error, (FileNotFoundError, ValueError)):
                 raise
             if isinstance(error, StorageError) and not isinstance(error, DamagedError):
-                raise  # of a retry inside of this one
-            if _code(error) in EXPIRED_CODES:
+                raise  # of a retry inside of this one, or known to last
+            if kind == "file":
+                if isinstance(error, DamagedError) or not isinstance(error, OSError):
+                    raise
+                raise failures.lasting(where, error) from error
+            if failures.code(error) in failures.EXPIRED_CODES and not refreshed:
                 _backend.cache_clear()
-            elif not _is_passing(error):
-                if _status(error) == 404:
-                    raise FileNotFoundError(f"{uri}: nothing there") from None
-                raise _final(uri, error, attempt) from error
+                refreshed = True
+            elif not failures.is_passing(error):
+                if failures.status(error) == 404 and failures.code(error) != "NoSuchBucket":
+                    raise FileNotFoundError(f"{where}: nothing there") from None
+                raise failures.lasting(where, error) from error
             if attempt == ATTEMPTS:
-                raise _final(uri, error, attempt) from error
+                raise failures.given_up(where, error, attempt) from error
             # full jitter: many workers that fail together must not come back together
             time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.2 * 2**attempt)))
     raise AssertionError("unreachable")
-
-
-def _final(uri: str, error: Exception, attempts: int) -> StorageError:
-    if isinstance(error, DamagedError):
-        return DamagedError(f"{error} (read {attempts} times)")
-    return StorageError(f"{uri}: {type(error).__name__}: {error} (tried {attempts} times)")
-
-
-def _status(error: Exception) -> int | None:
-    """Of an answer over HTTP; None if there was none."""
-    if isinstance(error, HttpStatus):
-        return error.status
-    response = getattr(error, "response", None)  # botocore's ClientError
-    if isinstance(response, dict):
-        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-    return None
-
-
-def _code(error: Exception) -> str | None:
-    """S3's name of the error."""
-    response = getattr(error, "response", None)
-    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether the same request may well succeed later."""
-    status = _status(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500 or _code(error) in PASSING_CODES
-    return type(error).__name__ not in LASTING_ERRORS

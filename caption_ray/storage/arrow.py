@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from caption_ray.storage.common import PARTIAL, Buffer, DamagedError
+from caption_ray.storage.uris import join, parent
 
 
 class Arrow:
@@ -56,7 +57,7 @@ class Arrow:
         root, entries = self.entries(uri, recursive=True)
         for entry in entries:
             if entry.is_file and not entry.path.endswith(PARTIAL):
-                yield f"{uri.rstrip('/')}/{entry.path[len(root) :].strip('/')}"
+                yield join(uri, entry.path[len(root) :])
 
     def folders(self, uri: str) -> Iterator[str]:
         _, entries = self.entries(uri, recursive=False)
@@ -74,7 +75,7 @@ class Arrow:
 
     def delete_partial(self, uri: str) -> None:
         filesystem, path = self.open(uri)
-        _, beside = self.entries(uri.rstrip("/").rsplit("/", 1)[0], recursive=False)
+        _, beside = self.entries(parent(uri), recursive=False)
         _, below = self.entries(uri, recursive=True)
         for entry in [*beside, *below]:
             ours = entry.path.startswith((f"{path}.", f"{path}/"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote
 
 from caption_ray.storage.common import (
     CONNECT_TIMEOUT,
@@ -27,9 +26,10 @@ class Http:
 
     def request(self, method: str, uri: str, headers: dict[str, str]) -> Any:
         """The answer, its body still to be read; raises for an error."""
-        response = self.pool.request(
-            method, quote(uri, safe=":/?&=%+~@,"), headers=headers, preload_content=False
-        )
+        try:
+            response = self.pool.request(method, uri, headers=headers, preload_content=False)
+        except ValueError as error:  # a host or port that cannot be
+            raise ValueError(f"{uri}: {error}") from None
         if response.status < 400:
             return response
         response.close()

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from caption_ray.storage.common import PARTIAL, Buffer, read_into
+from caption_ray.storage.common import PARTIAL, Buffer, StorageError, read_into
+from caption_ray.storage.failures import lasting
+
+
+def opened(path: str) -> io.BufferedReader:
+    """The file, for reading; a folder, or what is below a file, is as little there as nothing."""
+    try:
+        return open(path, "rb")
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path}: no such file ({error.strerror})") from None
 
 
 class Local:
     """Paths on this machine, as `storage.resolve` makes them."""
 
     def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
-        with open(uri, "rb") as file:
+        with opened(uri) as file:
             if window is None:
                 return file.read()
             file.seek(window[0])
             return file.read(window[1])
 
     def read_large(self, uri: str) -> Buffer:
-        with open(uri, "rb", buffering=0) as file:
-            return read_into(file.readinto, os.fstat(file.fileno()).st_size)
+        with opened(uri) as file:
+            return read_into(file.raw.readinto, os.fstat(file.fileno()).st_size)
 
     def write(self, uri: str, data: bytes) -> None:
         path = Path(uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+        if path.exists() and not path.is_file():  # a device would become a plain file
+            raise StorageError(f"{uri}: a folder or a device; name a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(
+                prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent
+            )
+        except FileNotFoundError as error:  # in /proc, say; to a reader that would mean another
+            raise lasting(uri, error) from error
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from caption_ray.storage import failures
 from caption_ray.storage.common import (
     CONNECT_TIMEOUT,
     Buffer,
@@ -17,6 +18,7 @@ from caption_ray.storage.common import (
     read_timeout,
     time_limit,
 )
+from caption_ray.storage.uris import split_bucket
 
 PART_BYTES = 8 << 20
 """Larger objects go to S3 in parts of this size."""
@@ -49,13 +51,8 @@ class S3:
         """URI -> MD5 of what was read last where the server's ETag is another one."""
         self.opaque: set[str] = set()
         """Buckets whose ETags are no MD5 of the content."""
-
-    @staticmethod
-    def split(uri: str) -> tuple[str, str]:
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        if not bucket:
-            raise ValueError(f"{uri!r}: give s3://bucket/key")
-        return bucket, key
+        self.known: set[str] = set()
+        """Buckets that there are, although an object was not."""
 
     def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
         extra = {"Range": f"bytes={window[0]}-{window[0] + window[1] - 1}"} if window else {}
@@ -73,7 +70,7 @@ class S3:
     @contextmanager
     def opened(self, uri: str, **options: str) -> Iterator[dict[str, Any]]:
         """The server's answer, its `Body` still to be read within the time that it may take."""
-        bucket, key = self.split(uri)
+        bucket, key = split_bucket(uri)
         answer = self.client.get_object(Bucket=bucket, Key=key, **options)
         # boto3 offers no other way to the connection than this private name
         with time_limit(answer["Body"]._raw_stream, answer["ContentLength"]):
@@ -85,7 +82,7 @@ class S3:
         Not every ETag is an MD5 (objects in parts, encryption, directory buckets). One that is
         not contradicts any number of equal reads, while no two damaged reads are alike.
         """
-        bucket, _ = self.split(uri)
+        bucket, _ = split_bucket(uri)
         etag = answer.get("ETag", "").strip('"')
         digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if digest == etag or "-" in etag or bucket in self.opaque:
@@ -97,7 +94,7 @@ class S3:
         raise DamagedError(f"{uri}: bytes of MD5 {digest} where the server's ETag is {etag}")
 
     def write(self, uri: str, data: bytes) -> None:
-        bucket, key = self.split(uri)
+        bucket, key = split_bucket(uri)
         # objects above PART_BYTES go in parts; either way they appear at once
         self.client.upload_fileobj(io.BytesIO(data), bucket, key, Config=self.transfer)
         # servers that know the checksums which boto3 sends have compared them; not all do
@@ -110,19 +107,39 @@ class S3:
             raise DamagedError(f"{uri}: the server does not hold what was sent")
 
     def size(self, uri: str) -> int:
-        bucket, key = self.split(uri)
+        bucket, key = split_bucket(uri)
         if not key:
             raise FileNotFoundError(f"{uri}: a bucket, not an object")
-        return int(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"])
+        try:
+            return int(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"])
+        except Exception as error:
+            if failures.status(error) == 404:
+                self.require_bucket(uri)
+            raise
+
+    def require_bucket(self, uri: str) -> None:
+        """Raise StorageError if the bucket is missing, which the answer to a HEAD of one of its
+        objects does not tell from a missing object."""
+        bucket, _ = split_bucket(uri)
+        if bucket in self.known:
+            return
+        try:
+            self.client.head_bucket(Bucket=bucket)
+        except Exception as error:
+            if failures.status(error) == 404:
+                raise failures.no_bucket(uri) from None
+            if failures.status(error) != 403:  # there, but not to be asked for
+                raise
+        self.known.add(bucket)
 
     def pages(self, operation: str, uri: str, **options: str) -> Iterator[dict[str, Any]]:
-        bucket, key = self.split(uri)
+        bucket, key = split_bucket(uri)
         prefix = f"{key.rstrip('/')}/" if key else ""
         paginator = self.client.get_paginator(operation)
         return iter(paginator.paginate(Bucket=bucket, Prefix=prefix, **options))
 
     def walk(self, uri: str) -> Iterator[str]:
-        bucket, _ = self.split(uri)
+        bucket, _ = split_bucket(uri)
         for page in self.pages("list_objects_v2", uri):
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):
@@ -136,13 +153,13 @@ class S3:
     def delete(self, uri: str) -> None:
         # one by one: the batch call needs a Content-MD5 that not every S3 server still accepts
         for file in [*self.walk(uri), uri]:
-            bucket, key = self.split(file)
+            bucket, key = split_bucket(file)
             self.client.delete_object(Bucket=bucket, Key=key)
 
     def delete_partial(self, uri: str) -> None:
         from botocore.exceptions import ClientError
 
-        bucket, key = self.split(uri)
+        bucket, key = split_bucket(uri)
         pages = self.client.get_paginator("list_multipart_uploads")
         try:
             for page in pages.paginate(Bucket=bucket, Prefix=key):

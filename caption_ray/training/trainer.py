@@ -75,6 +75,7 @@ def train(config: Config) -> Finished:
     reads_features = feature_cache.is_wanted(config)
     assert config.run.name is not None
     run = storage.join(config.run.storage, config.run.name)
+    ray_storage = storage.arrow_uri(config.run.storage)  # refused before anything is written
     dataset = open_data(config)
     vocabulary = _vocabulary(config, dataset)
     resumed = _settle_run(config, run, dataset, vocabulary)
@@ -114,7 +115,7 @@ def train(config: Config) -> Finished:
             ),
             run_config=RunConfig(
                 name=config.run.name,
-                storage_path=config.run.storage,
+                storage_path=ray_storage,
                 failure_config=FailureConfig(max_failures=config.train.max_failures),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 worker_runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},

@@ -420,4 +420,4 @@ class _Upload:
             )  # fmt: skip
         finally:
             self.slot.release()
-        return Checkpoint(uri)
+        return Checkpoint(storage.arrow_uri(uri))

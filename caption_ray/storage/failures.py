@@ -1,0 +1,117 @@
+"""Which failures pass, which last, and what to do about those that do."""
+
+from __future__ import annotations
+
+import errno
+
+from caption_ray.storage.common import DamagedError, HttpStatus, StorageError
+from caption_ray.storage.uris import split_bucket
+
+PASSING_CODES = (
+    "BadDigest",  # of an upload; the next ones too: what arrived is not what was sent
+    "IncompleteBody",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+    "NoSuchUpload",  # completed by a request whose answer was lost
+    "OperationAborted",
+    "RequestTimeout",
+)
+"""S3's names of errors that are the client's by their status, and yet pass."""
+
+EXPIRED_CODES = (
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "TokenRefreshRequired",
+    "400",  # all of them where a HEAD was asked: its answer has no body to name them in
+)
+"""S3's names for credentials that the chain has to be asked for again, once."""
+
+LASTING_ERRORS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "ParamValidationError",
+    "NoRegionError",
+    "InvalidRegionError",
+)
+"""boto3's names for settings that will not mend themselves; whatever else is below HTTP may."""
+
+_GIVE_KEYS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a profile that there is"
+)
+_CHECK_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile"
+_ASK = "these credentials may not do this: ask for the permission, or give others"
+
+REMEDIES: dict[str | int | None, str] = {
+    "NoCredentialsError": _GIVE_KEYS,
+    "PartialCredentialsError": _GIVE_KEYS,
+    "ProfileNotFound": _GIVE_KEYS,
+    "NoRegionError": "set AWS_DEFAULT_REGION",
+    "InvalidRegionError": "correct AWS_DEFAULT_REGION",
+    "InvalidAccessKeyId": _CHECK_KEYS,
+    "SignatureDoesNotMatch": _CHECK_KEYS,
+    "InvalidToken": "check AWS_SESSION_TOKEN, or the profile",
+    "AccessDenied": _ASK,
+    "403": _ASK,  # a HEAD's, which cannot name the reason
+    **dict.fromkeys(EXPIRED_CODES, "renew the credentials, if they have expired"),
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "change its permissions or choose another place",
+    errno.EPERM: "change its permissions or choose another place",
+    errno.ENOSPC: "free some space or choose another place",
+    errno.EDQUOT: "free some space or choose another place",
+    errno.ENOTDIR: "a part of this path is a file: choose another place",
+    errno.EEXIST: "a part of this path is a file: choose another place",
+    errno.EISDIR: "this is a folder: name a file in it",
+    errno.ENOENT: "nothing can be created there: choose another place",
+}
+"""By S3's name of an error, boto3's, or the system's number."""
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request may well succeed later."""
+    answered = status(error)
+    if answered is not None:
+        return answered in (408, 429) or answered >= 500 or code(error) in PASSING_CODES
+    return type(error).__name__ not in LASTING_ERRORS
+
+
+def status(error: Exception) -> int | None:
+    """Of an answer over HTTP; None if there was none."""
+    if isinstance(error, HttpStatus):
+        return error.status
+    response = getattr(error, "response", None)  # botocore's ClientError
+    if isinstance(response, dict):
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
+    return None
+
+
+def code(error: Exception) -> str | None:
+    """S3's name of the error."""
+    response = getattr(error, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+
+
+def no_bucket(uri: str) -> StorageError:
+    """For a resolved URI of S3."""
+    bucket, _ = split_bucket(uri)
+    return StorageError(f"{uri}: there is no bucket {bucket!r}; create it, or correct its name")
+
+
+def lasting(uri: str, error: Exception) -> StorageError:
+    """In one line: what was asked for, why that cannot be had, and what to do about it."""
+    if code(error) == "NoSuchBucket":
+        return no_bucket(uri)
+    if isinstance(error, OSError):
+        reason, remedy = error.strerror or str(error), REMEDIES.get(error.errno)
+    else:
+        reason = " ".join(f"{error}".split())
+        remedy = REMEDIES.get(code(error) or type(error).__name__)
+    return StorageError(f"{uri}: {reason}" + (f"; {remedy}" if remedy else ""))
+
+
+def given_up(uri: str, error: Exception, attempts: int) -> StorageError:
+    """What might have passed, and did not."""
+    if isinstance(error, DamagedError):
+        return DamagedError(f"{error} (read {attempts} times)")
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return StorageError(f"{uri}: {reason} (tried {attempts} times)")
