@@ -25,7 +25,7 @@ import xxhash
 from caption_ray.storage import failures, local
 from caption_ray.storage.arrow import Arrow
 from caption_ray.storage.common import READ_TIMEOUT_VARIABLE as READ_TIMEOUT_VARIABLE
-from caption_ray.storage.common import Backend, Buffer
+from caption_ray.storage.common import Backend, Buffer, wrong_kind
 from caption_ray.storage.common import DamagedError as DamagedError
 from caption_ray.storage.common import StorageError as StorageError
 from caption_ray.storage.http import Http
@@ -99,6 +99,15 @@ def write_bytes(uri: str, data: bytes) -> None:
     What arrived at a remote server is compared with what was sent.
     """
     _retried(uri, lambda backend, where: backend.write(where, data))
+
+
+def check_writable(uri: str, *, folder: bool) -> None:
+    """Raise ValueError or StorageError, naming `uri`, unless a file of this name, or files in this
+    `folder`, can be written now. Before long work; leaves nothing, and changes nothing there."""
+    where = resolve(uri)
+    if not folder and uri.endswith("/"):
+        raise wrong_kind(uri, folder)
+    _retried(where, lambda backend, where: backend.check_writable(where, folder))
 
 
 def size(uri: str) -> int:
@@ -227,7 +236,7 @@ def _backend(kind: str, process: int) -> Backend:
 
 def _retried(uri: str, operation: Callable[[Backend, str], T]) -> T:
     """`operation(backend, resolved uri)`, tried until it succeeds or there is no hope."""
-    kind, where, refreshed = scheme(uri), resolve(uri), False
+    kind, where = scheme(uri), resolve(uri)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return operation(_backend(kind, os.getpid()), where)
@@ -240,15 +249,14 @@ def _retried(uri: str, operation: Callable[[Backend, str], T]) -> T:
                 if isinstance(error, DamagedError) or not isinstance(error, OSError):
                     raise
                 raise failures.lasting(where, error) from error
-            if failures.code(error) in failures.EXPIRED_CODES and not refreshed:
+            if failures.code(error) in failures.EXPIRED_CODES:
                 _backend.cache_clear()
-                refreshed = True
             elif not failures.is_passing(error):
                 if failures.status(error) == 404 and failures.code(error) != "NoSuchBucket":
                     raise FileNotFoundError(f"{where}: nothing there") from None
-                raise failures.lasting(where, error) from error
+                raise failures.lasting(where, error, attempt) from error
             if attempt == ATTEMPTS:
-                raise failures.given_up(where, error, attempt) from error
+                raise failures.lasting(where, error, attempt) from error
             # full jitter: many workers that fail together must not come back together
             time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.2 * 2**attempt)))
     raise AssertionError("unreachable")

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from caption_ray.storage.common import PARTIAL, Buffer, DamagedError
+from caption_ray.storage.common import PARTIAL, Buffer, DamagedError, StorageError, wrong_kind
 from caption_ray.storage.uris import join, parent
 
 
@@ -81,6 +81,22 @@ class Arrow:
             ours = entry.path.startswith((f"{path}.", f"{path}/"))
             if ours and entry.is_file and entry.path.endswith(PARTIAL):
                 filesystem.delete_file(entry.path)
+
+    def check_writable(self, uri: str, folder: bool) -> None:
+        from pyarrow.fs import FileType
+
+        filesystem, path = self.open(uri)
+        if filesystem.get_file_info(path).type == (FileType.File if folder else FileType.Directory):
+            raise wrong_kind(uri, folder)
+        there = path if folder else path.rpartition("/")[0]
+        while there and filesystem.get_file_info(there).type == FileType.NotFound:
+            there = there.rpartition("/")[0]
+        if not there and not path.startswith("/"):
+            raise StorageError(f"{uri}: no such bucket or container; create it, or name another")
+        probe = f"{there}/.{uuid.uuid4().hex}{PARTIAL}"
+        with filesystem.open_output_stream(probe) as file:
+            file.write(b"1")
+        filesystem.delete_file(probe)
 
 
 def _arrow_filesystem(kind: Any, uri: str) -> tuple[Any, str]:

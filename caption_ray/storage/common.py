@@ -35,6 +35,13 @@ class DamagedError(StorageError):
     """Bytes that are not those that were written. Damage on the way is mended by another try."""
 
 
+def wrong_kind(uri: str, folder: bool) -> ValueError:
+    """For what is there and is not what is to be written."""
+    if folder:
+        return ValueError(f"{uri}: is there, and no folder; name another")
+    return ValueError(f"{uri}: a folder (or a device); name a file")
+
+
 class HttpStatus(Exception):
     """An answer of a web server that is an error."""
 
@@ -72,6 +79,9 @@ class Backend(Protocol):
 
     def delete_partial(self, uri: str) -> None:
         """Remove what writers left behind that were killed, of the object or below the folder."""
+
+    def check_writable(self, uri: str, folder: bool) -> None:
+        """Raise an error unless the object, or objects below the folder, can be written."""
 
 
 def read_timeout() -> float:

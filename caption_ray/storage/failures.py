@@ -24,7 +24,7 @@ EXPIRED_CODES = (
     "TokenRefreshRequired",
     "400",  # all of them where a HEAD was asked: its answer has no body to name them in
 )
-"""S3's names for credentials that the chain has to be asked for again, once."""
+"""S3's names for credentials that the chain has to be asked for again."""
 
 LASTING_ERRORS = (
     "NoCredentialsError",
@@ -42,7 +42,7 @@ _GIVE_KEYS = (
 _CHECK_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile"
 _ASK = "these credentials may not do this: ask for the permission, or give others"
 
-REMEDIES: dict[str | int | None, str] = {
+REMEDIES: dict[str | int, str] = {
     "NoCredentialsError": _GIVE_KEYS,
     "PartialCredentialsError": _GIVE_KEYS,
     "ProfileNotFound": _GIVE_KEYS,
@@ -97,21 +97,15 @@ def no_bucket(uri: str) -> StorageError:
     return StorageError(f"{uri}: there is no bucket {bucket!r}; create it, or correct its name")
 
 
-def lasting(uri: str, error: Exception) -> StorageError:
+def lasting(uri: str, error: Exception, attempts: int = 1) -> StorageError:
     """In one line: what was asked for, why that cannot be had, and what to do about it."""
-    if code(error) == "NoSuchBucket":
-        return no_bucket(uri)
-    if isinstance(error, OSError):
-        reason, remedy = error.strerror or str(error), REMEDIES.get(error.errno)
-    else:
-        reason = " ".join(f"{error}".split())
-        remedy = REMEDIES.get(code(error) or type(error).__name__)
-    return StorageError(f"{uri}: {reason}" + (f"; {remedy}" if remedy else ""))
-
-
-def given_up(uri: str, error: Exception, attempts: int) -> StorageError:
-    """What might have passed, and did not."""
     if isinstance(error, DamagedError):
         return DamagedError(f"{error} (read {attempts} times)")
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return StorageError(f"{uri}: {reason} (tried {attempts} times)")
+    if code(error) == "NoSuchBucket":
+        return no_bucket(uri)
+    number = error.errno if isinstance(error, OSError) else None
+    remedy = REMEDIES.get(number or code(error) or type(error).__name__)
+    said = f"{type(error).__name__}: {error}"
+    reason = " ".join(((error.strerror if isinstance(error, OSError) else None) or said).split())
+    tried = f" (tried {attempts} times)" if attempts > 1 else ""
+    return StorageError(f"{uri}: {reason}{tried}" + (f"; {remedy}" if remedy else ""))

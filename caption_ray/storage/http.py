@@ -73,3 +73,6 @@ class Http:
         self.write(uri, b"")
 
     delete_partial = delete
+
+    def check_writable(self, uri: str, folder: bool) -> None:
+        self.write(uri, b"")

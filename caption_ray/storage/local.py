@@ -8,9 +8,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from caption_ray.storage.common import PARTIAL, Buffer, StorageError, read_into
+from caption_ray.storage.common import PARTIAL, Buffer, read_into, wrong_kind
 from caption_ray.storage.failures import lasting
 
 
@@ -20,6 +21,20 @@ def opened(path: str) -> io.BufferedReader:
         return open(path, "rb")
     except (IsADirectoryError, NotADirectoryError) as error:
         raise FileNotFoundError(f"{path}: no such file ({error.strerror})") from None
+
+
+@contextmanager
+def _creating(uri: str) -> Iterator[None]:
+    """What is not found while something is made (in /proc, say) is not a missing object."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise lasting(uri, error) from error
+
+
+def _new_partial(folder: Path, name: str) -> tuple[int, str]:
+    """A new file that no listing shows: its handle and path."""
+    return tempfile.mkstemp(prefix=f".{name}.", suffix=PARTIAL, dir=folder)
 
 
 class Local:
@@ -39,14 +54,10 @@ class Local:
     def write(self, uri: str, data: bytes) -> None:
         path = Path(uri)
         if path.exists() and not path.is_file():  # a device would become a plain file
-            raise StorageError(f"{uri}: a folder or a device; name a file")
-        try:
+            raise wrong_kind(uri, folder=False)
+        with _creating(uri):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(
-                prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent
-            )
-        except FileNotFoundError as error:  # in /proc, say; to a reader that would mean another
-            raise lasting(uri, error) from error
+            handle, partial = _new_partial(path.parent, path.name)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -87,3 +98,20 @@ class Local:
             *path.rglob(f".*{PARTIAL}"),
         ]:
             partial.unlink(missing_ok=True)
+
+    def check_writable(self, uri: str, folder: bool) -> None:
+        path = Path(uri)
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            raise wrong_kind(uri, folder)
+        there = path if folder else path.parent
+        while not there.exists():  # where a folder can be made, a file can
+            there = there.parent
+        with _creating(uri):
+            handle, partial = _new_partial(there, path.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            Path(partial).unlink()

@@ -17,6 +17,7 @@ from caption_ray.storage.common import (
     read_into,
     read_timeout,
     time_limit,
+    wrong_kind,
 )
 from caption_ray.storage.uris import split_bucket
 
@@ -169,9 +170,32 @@ class S3:
                         self.client.abort_multipart_upload(**where, UploadId=upload["UploadId"])
         except ClientError as error:
             # not allowed, or not known to this server: the parts cost money, but harm nobody
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 405, 501):
+            if failures.code(error) != "AccessDenied" and failures.status(error) not in (405, 501):
                 raise
             logging.getLogger(__name__).warning("%s: unfinished uploads stay (%s)", uri, error)
+
+    def check_writable(self, uri: str, folder: bool) -> None:
+        bucket, key = split_bucket(uri)
+        if self.holds_other(uri, folder):
+            raise wrong_kind(uri, folder)
+        # Only a write proves that one may write. An upload in parts is begun and given up: unlike
+        # a small object that is put and deleted, it is never seen, makes no version in a bucket
+        # that keeps them, needs no right to delete, and leaves the object of this name alone.
+        where = {"Bucket": bucket, "Key": f"{key}/.check".lstrip("/") if folder else key}
+        upload = self.client.create_multipart_upload(**where)["UploadId"]
+        self.client.abort_multipart_upload(**where, UploadId=upload)
+
+    def holds_other(self, uri: str, folder: bool) -> bool:
+        """Whether there is an object where a folder is meant, or the reverse."""
+        _, key = split_bucket(uri)
+        try:
+            if folder:
+                return bool(key) and self.size(uri) >= 0
+            return not key or next(self.walk(uri), None) is not None
+        except Exception as error:
+            if failures.status(error) in (403, 404) and failures.code(error) != "NoSuchBucket":
+                return False  # not there, or not to be read, which is no reason not to write
+            raise
 
 
 def _etag(data: bytes) -> str:
