@@ -37,16 +37,21 @@ def buckets(s3, coco_mini):
         client.delete_bucket(Bucket=name)
 
 
-def _job(name, *arguments):
-    """Run a job as a person would, with a Ray of its own; returns what it printed."""
+def _run(name, *arguments):
+    """Run a job as a person would, with a Ray of its own."""
     environment = {**os.environ, "RAY_ADDRESS": "local"}  # even beside a running cluster
-    result = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=scaled(500),
     )
+
+
+def _job(name, *arguments):
+    """What a job printed that ended well."""
+    result = _run(name, *arguments)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     # Ray Train's cleaner, which asks the dashboard of the right Ray: else it would complain
     assert "PlacementGroupCleaner" not in result.stdout + result.stderr
@@ -67,14 +72,14 @@ def test_from_zips_in_a_bucket_to_captions_in_a_bucket(buckets):
             assert storage.checksum(data) == shard.checksum
 
     printed = _job(
-        "train", "coco", "--data.shards", "s3://out/shards", "--run.storage", "s3://out/runs",
+        "train", "coco", "--data.shards", "s3://out/shards", "--run.storage", "s3://out/my runs?",
         "--run.name", "mini", "--train.num-workers", "2", "--train.cpus-per-worker", "0.5",
         "--train.epochs", "2", "--train.batch-size", "8", "--train.log-every", "2", *TINY,
     )  # fmt: skip
     assert "2 worker(s) on CPU" in printed
     assert "Epoch 1 Batch 0 Loss" in printed and "Epoch 2 Loss" in printed
     assert "Time taken for 1 epoch" in printed
-    run = "s3://out/runs/mini"
+    run = "s3://out/my runs?/mini"
     step = json.loads(storage.read_bytes(f"{run}/latest.json"))["step"]
     assert step == 2 * 5  # 80 pictures, 2 workers, batches of 8
     assert storage.exists(f"{run}/checkpoint-{step:08d}/model.safetensors")
@@ -98,3 +103,21 @@ def _upload_pictures():
     for name, record in zip(("one", "two"), records, strict=False):
         storage.write_bytes(f"s3://coco/pictures/{name}.jpg", read_picture(record.location))
     storage.write_bytes("s3://coco/pictures/bad.jpg", b"not a picture")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--run.storage", "s3://not-there/runs"],
+        ["ingest", "--source", "s3://coco", "--out", "s3://not-there/shards"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_missing_bucket_ends_a_job_with_one_message_and_is_not_made(buckets, command):
+    result = _run(*command)
+    said = [line for line in result.stderr.splitlines() if "not-there" in line]
+    assert result.returncode == 1 and len(said) == 1, result.stderr
+    assert said[0].startswith("error: s3://not-there/"), said
+    assert said[0].endswith("there is no bucket 'not-there'; create it, or correct its name")
+    assert "Traceback" not in result.stderr
+    assert {b["Name"] for b in boto3.client("s3").list_buckets()["Buckets"]} == {"coco", "out"}
