@@ -119,11 +119,13 @@ def test_every_parameter_takes_part(name: str) -> None:
 
 
 def test_pixels_are_normalised_with_imagenets_mean_and_deviation() -> None:
-    encoder, images = build(RESNET), pictures(64, batch=2)
+    # no layers: these make of the pixels' last bits what the CPU's kernels happen to
+    encoder, images = Encoder(nn.Identity(), SMALL), pictures(96, batch=2)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    expected = encoder.backbone((images / 255 - mean) / std).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(encoder(images), expected)
+    expected = ((images / 255 - mean) / std).flatten(2).transpose(1, 2)
+    # The difference from the mean, less than 1, is of a few roundings of 2^-24, and divided by 0.22
+    torch.testing.assert_close(encoder(images), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("grid", [1, 2, 4, 5])
