@@ -68,12 +68,9 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
         words = self.dropout(self.embedding(tokens.unsqueeze(-1)))
-        entering = self._entering(words, memory)  # (B, K, 1, 2 D)
-        batch, k = tokens.shape
-        hidden, cell = (part.reshape(1, batch * k, -1) for part in state)
-        _, (new_hidden, new_cell) = self.lstm(entering.flatten(0, 1).float(), (hidden, cell))
-        new = new_hidden.view(batch, k, -1), new_cell.view(batch, k, -1)
-        gate = self.sentinel_gate(torch.cat([entering.squeeze(2), state[0]], dim=-1)).sigmoid()
+        entering = self._entering(words, memory).squeeze(2)  # (B, K, 2 D)
+        new = self._advanced(entering, state)
+        gate = self.sentinel_gate(torch.cat([entering, state[0]], dim=-1)).sigmoid()
         sentinel = gate * new[1].tanh()
         attended = AttendedOnce(memory, self.score.weight)
         mixed, attention = self._attend(new[0], sentinel, attended)
@@ -147,17 +144,37 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
         picture = memory.summary.to(words.dtype)[:, None, None].expand_as(words)
         return torch.cat([words, picture], dim=-1)
 
+    def _advanced(self, entering: Tensor, state: State) -> State:
+        """The LSTM's state after one more step, of the one before and its input (B, K, 2 D).
+
+        By hand on CPUs: there torch leaves its LSTM to oneDNN, which arranges the weights anew at
+        each call (for a single caption that is nine tenths of the time), and which lacks bfloat16
+        where the CPU lacks AVX-512.
+        """
+        if entering.is_cuda:
+            batch, k, _ = entering.shape
+            hidden, cell = (part.reshape(1, batch * k, -1) for part in state)
+            _, new = self.lstm(entering.flatten(0, 1).unsqueeze(1).float(), (hidden, cell))
+            return tuple(part.view(batch, k, -1) for part in new)
+        admit, keep, new, emit = self._gates(entering, state[0]).chunk(4, dim=-1)
+        cell = keep.sigmoid() * state[1] + admit.sigmoid() * new.tanh()
+        return emit.sigmoid() * cell.tanh(), cell
+
     def _kept_and_added(self, entering: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """What the LSTM's memory keeps of itself and is added at each step, (B K, T, H); torch's
         kernel keeps the memory itself to itself.
 
         The gates of all steps follow in one product from its inputs and hidden states.
         """
+        admit, keep, new, _ = self._gates(entering, before).chunk(4, dim=-1)
+        return keep.sigmoid(), admit.sigmoid() * new.tanh()
+
+    def _gates(self, entering: Tensor, before: Tensor) -> Tensor:
+        """The LSTM's gates before their functions, float32 (..., 4 H): input, forget, new, output.
+        Of its inputs (..., 2 D) and the hidden states before, (..., H)."""
         from_input, from_hidden, *biases = self.lstm.all_weights[0]
         gates = F.linear(entering, from_input, biases[0])
-        gates = gates + F.linear(before.to(gates.dtype), from_hidden, biases[1])
-        admit, keep, new, _ = gates.float().chunk(4, dim=-1)
-        return keep.sigmoid(), admit.sigmoid() * new.tanh()
+        return (gates + F.linear(before.to(gates.dtype), from_hidden, biases[1])).float()
 
     def _attend(
         self, hidden: Tensor, sentinel: Tensor, attended: Attended

@@ -10,20 +10,21 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from caption_ray import config
-from caption_ray.model.captioner import build_captioner
+from caption_ray.model.captioner import DECODERS, build_captioner
 from caption_ray.model.encoder import to_tensor
+from caption_ray.model.search import generate
 from caption_ray.training import loop
 
 VOCABULARY, SIZE = 30, 32
 CPU = torch.device("cpu")
 
 
-def _model():
+def _model(name="soft"):
     preset = config.shapes().model
     # batch statistics differ between one worker and two
     encoder = dataclasses.replace(preset.encoder, image_size=SIZE, batch_norm="frozen")
     decoder = dataclasses.replace(
-        preset.decoder, embedding_dim=8, hidden_dim=16, attention_dim=8, dropout=0.0
+        preset.decoder, name=name, embedding_dim=8, hidden_dim=16, attention_dim=8, dropout=0.0
     )
     torch.manual_seed(0)
     model = dataclasses.replace(preset, encoder=encoder, decoder=decoder)
@@ -179,6 +180,26 @@ def test_bfloat16_autocast_comes_close_to_float32():
         _steps(model, data, 20, settings, autocast, adam=True)
         losses.append(loop.validate(model, [loop.to_device(*data, SIZE, CPU)]).losses(14)["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def _works_in_bfloat16(_rank):
+    images, tokens = _data(2)
+    example = loop.to_example(images, tokens, SIZE, CPU)
+    search = config.SearchConfig(beam_size=2, max_length=4)
+    for name in DECODERS:
+        model = _model(name)
+        _steps(model, (images, tokens), 1, _settings(), torch.bfloat16)
+        loss = loop.validate(model, [example], torch.bfloat16).losses(14)["loss"]
+        assert loss == pytest.approx(math.log(VOCABULARY), rel=0.1)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = generate(model.eval(), to_tensor(images), search, num_return=1)
+        assert found.log_probs.isfinite().all()
+
+
+def test_every_decoder_works_in_bfloat16_on_cpus_without_avx512(monkeypatch):
+    # oneDNN has fewer kernels there; it reads this when torch is loaded, hence another process
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    mp.spawn(_works_in_bfloat16, nprocs=1)
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
