@@ -1,5 +1,5 @@
-"""From pixels to captions: encoder, decoders, search and losses. Plain torch: no Ray, no storage.
+"""From pixels to captions: encoder, decoders, losses and search. Plain PyTorch: no Ray, no storage.
 
-The road through it: `encoder` turns pictures into regions, `attention` and `decoder` regions into
-words, `captioner` joins the two, `loss` trains them and `search` finds captions.
+`encoder` turns pictures into regions, the decoders (interface: `decoder`) turn regions into words,
+`captioner` joins the two, `loss` holds the training losses and `search` finds captions.
 """

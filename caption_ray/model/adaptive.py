@@ -1,6 +1,6 @@
-"""The adaptive decoder: it may look at the picture, or rely on what it has said.
+"""The adaptive decoder: for each word it weighs the picture against its own memory of the caption.
 
-Shapes as in decoder.py, and T steps; G gates.
+Shapes as in decoder.py, plus R rows of a packing (see recurrence.py).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from caption_ray.model.recurrence import (
 class AdaptiveAttentionDecoder(RecurrentDecoder):
     """Spatial attention with a visual sentinel (Lu et al., 1612.01887, sections 2.2 and 2.3).
 
-    The LSTM reads words and the whole picture, and does not wait for what is attended to: in
-    training, attention and its maps take all words at once.
+    The LSTM reads words and a summary of the picture, but not the context vector: so in training,
+    attention and its linear maps run on all words at once.
     """
 
     OUTPUT = ("output.weight", "output.bias")
@@ -57,13 +57,13 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
         nn.init.normal_(self.embedding.weight, std=word_dim**-0.5)
 
     def prepare(self, regions: Tensor) -> Memory:
-        """Regions (B, N, H) with the whole picture's summary, (B, 1, D), kept beside the keys."""
+        """Projected regions (B, N, H), their keys (B, N, A), and the picture's summary (B, D)."""
         projected = self.project(regions)
         return Memory(projected, self.key(projected), self.summarize(regions.mean(dim=1)))
 
     def initial_state(self, memory: Memory, k: int) -> State:
         start = memory.regions.new_zeros(len(memory.regions), k, self.hidden_dim)
-        start = start.float()  # under autocast too, as the state adds up over a caption
+        start = start.float()  # under autocast, too: rounding errors add up over a caption
         return start, start
 
     def step(self, tokens: Tensor, state: State, memory: Memory) -> StepOutput:
@@ -90,8 +90,8 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
     def _unrolled(self, packing: Packing, words: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """The LSTM's hidden states and the sentinels, (R, H), of words (R, D).
 
-        By hand, as torch's LSTM takes no part in packing, and keeps its memory to itself. The gate
-        of the sentinel is computed with those of the LSTM.
+        Unrolled by hand, as torch's LSTM can neither follow the packing nor return its cell states.
+        The sentinel's gate is computed together with those of the LSTM.
         """
         by_input, by_hidden, *biases = self.lstm.all_weights[0]
         of_sentinel = self.sentinel_gate.weight.tensor_split([by_input.shape[1]], dim=1)
@@ -139,7 +139,7 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
         return hidden.view(shape), sentinel.view(shape)
 
     def _entering(self, words: Tensor, memory: Memory) -> Tensor:
-        """The LSTM's input (B, K, T, 2 D): words (B, K, T, D), and the whole picture with each."""
+        """The LSTM's input (B, K, T, 2 D): each word (B, K, T, D) with the picture's summary."""
         assert memory.summary is not None
         picture = memory.summary.to(words.dtype)[:, None, None].expand_as(words)
         return torch.cat([words, picture], dim=-1)
@@ -161,10 +161,10 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
         return emit.sigmoid() * cell.tanh(), cell
 
     def _kept_and_added(self, entering: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """What the LSTM's memory keeps of itself and is added at each step, (B K, T, H); torch's
-        kernel keeps the memory itself to itself.
+        """The forget gates and the gated new values of all steps, both (B K, T, H): from these
+        `_cells` recovers the cell states, which torch's kernel does not return.
 
-        The gates of all steps follow in one product from its inputs and hidden states.
+        One product of the inputs and previous hidden states gives the gates of all steps.
         """
         admit, keep, new, _ = self._gates(entering, before).chunk(4, dim=-1)
         return keep.sigmoid(), admit.sigmoid() * new.tanh()
@@ -179,8 +179,8 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
     def _attend(
         self, hidden: Tensor, sentinel: Tensor, attended: Attended
     ) -> tuple[Tensor, Tensor]:
-        """What the logits are read from, (..., H), and the regions' weights, (..., N), of hidden
-        states and sentinels (..., H)."""
+        """The output layer's input (..., H) and the attention weights over the regions (..., N),
+        from hidden states and sentinels (..., H)."""
         query = self.query(hidden)  # (..., A)
         scores = attended.scores(query)  # (..., N)
         rest = self.score((query + self.sentinel_key(sentinel)).tanh())  # (..., 1)
@@ -191,7 +191,7 @@ class AdaptiveAttentionDecoder(RecurrentDecoder):
 
 
 def _cells(keep: Tensor, added: Tensor) -> Tensor:
-    """An LSTM's memory after each step, c = keep c + added: all (B K, T, H)."""
+    """An LSTM's cell state after each step, c = keep * c + added: all (B K, T, H)."""
     cell = torch.zeros_like(added[:, 0])
     cells = []
     for one_keep, one_added in zip(keep.unbind(1), added.unbind(1), strict=True):

@@ -1,7 +1,7 @@
-"""Attention of recurrent states over an image's regions.
+"""Additive attention over an image's regions, for the recurrent decoders.
 
-Shapes: B images, K sequences per image, N regions, E region dim, A attention dim. In training a
-step may have only the first b images and, of these, the first k sequences.
+Shapes: B images, K sequences per image, N regions, E region dim, A attention dim. A training step
+may cover only the first b images and the first k sequences of each (see recurrence.Packing).
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from torch.autograd.function import once_differentiable
 from caption_ray.model.decoder import Memory
 
 CACHED = 2**19
-"""Elements of (b, k, N, A) that a CPU works on at a time, so that it finds them in its cache. Most
-of what attention costs there is otherwise writing them to memory that is new at each step."""
+"""Most elements of a (b, k, N, A) tensor that a CPU computes at a time, so that they stay in its
+cache. Otherwise most of attention's time there goes into writing to newly allocated memory."""
 
 
 class AdditiveAttention(nn.Module):
     """v . tanh(query + W region), softmax over the regions (Bahdanau et al., 1409.0473, A.1.2).
 
     The K queries of an image share its regions and keys, which are computed once (`project`).
-    Queries come projected to A already, as a decoder can do that together with its other
-    projections of the same state.
+    Queries arrive already projected to A, as a decoder computes all projections of its state
+    together.
     """
 
     def __init__(self, region_dim: int, attention_dim: int) -> None:
         super().__init__()
         self.project = nn.Linear(region_dim, attention_dim)
-        """Keys (B, N, A) of regions (B, N, E)."""
+        """Maps regions (B, N, E) to keys (B, N, A)."""
         self.score = nn.Linear(attention_dim, 1, bias=False)
 
     def forward(self, query: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
-        """Context (b, k, E) and weights (b, k, N) of query (b, k, A)."""
+        """Context vectors (b, k, E) and attention weights (b, k, N) for queries (b, k, A)."""
         weights = attended.scores(query).softmax(dim=-1)
         return attended.context(weights), weights
 
 
 class Attended(Protocol):
-    """Regions and their keys, as a step of a decoder looks at them."""
+    """Regions and their keys, as a decoding step attends to them."""
 
     def scores(self, query: Tensor) -> Tensor:
-        """score . tanh(query + key) of each query (b, k, A) and region: (b, k, N)."""
+        """score . tanh(query + key), (b, k, N), of queries (b, k, A) and all regions."""
 
     def context(self, weights: Tensor) -> Tensor:
-        """Means (b, k, E) of the regions by weights (b, k, N)."""
+        """Context vectors (b, k, E): the regions' means, weighted by (b, k, N)."""
 
 
 class AttendedOnce:
-    """For a step by itself. score: (1, A)."""
+    """`Attended` for a single step. score: (1, A)."""
 
     def __init__(self, memory: Memory, score: Tensor) -> None:
         self._memory, self._score = memory, score
 
     def scores(self, query: Tensor) -> Tensor:
         keys, score = self._memory.keys, self._score
-        if torch.is_grad_enabled():  # memory that is used again would spoil gradients
+        if torch.is_grad_enabled():  # autograd saves the match, so no buffer may be reused
             match = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh_()
             return match @ score[0].to(match.dtype)
         return _scores(query, keys, score)
@@ -69,13 +69,13 @@ class AttendedOnce:
 
 
 class AttendedOverTime:
-    """For all steps of a training pass, whose gradients of regions, keys and score are added where
-    they stand: autograd would write them whole at each step, and add."""
+    """`Attended` for all steps of a training pass: gradients of regions, keys and score accumulate
+    in place, where autograd would allocate full tensors at each step and add them."""
 
     def __init__(self, memory: Memory, score: Tensor) -> None:
         regions, keys = memory.regions, memory.keys
         kind = keys.device.type
-        # casts once, not at each step
+        # cast once, not at each step
         if torch.is_autocast_enabled(kind):
             regions = regions.to(torch.get_autocast_dtype(kind))
         keys = keys.to(_working_dtype(keys))
@@ -92,19 +92,19 @@ class AttendedOverTime:
 
 
 class _Sums:
-    """Regions, keys and score of a pass, and the sums of their gradients."""
+    """Regions, keys and score of a pass, and their gradients summed over its steps."""
 
     def __init__(self, regions: Tensor, keys: Tensor, score: Tensor) -> None:
         self.regions, self.keys, self.score = regions, keys, score
         self.wants_regions = True
         self.of_regions: Tensor | None = None
         self.of_keys: Tensor | None = None
-        """That of the keys by the score, which all steps share."""
+        """Without the factor `score`, which `_Whole` multiplies in once for all steps."""
         self.of_score: Tensor | None = None
 
 
 class _Whole(torch.autograd.Function):
-    """The root of all steps, which autograd comes back to when all of them are done."""
+    """Gives every step a common input, so that autograd runs this backward after all of theirs."""
 
     @staticmethod
     def forward(ctx: Any, regions: Tensor, keys: Tensor, score: Tensor, sums: _Sums) -> Tensor:
@@ -126,8 +126,8 @@ class _Whole(torch.autograd.Function):
 
 
 class _ScoresOfStep(torch.autograd.Function):
-    """Nothing (b, k, N, A) is kept, as that would be most of what a pass needs of memory. Computing
-    it again takes no longer than writing and reading it."""
+    """The scores of one step. No (b, k, N, A) tensor is saved for backward: that would be most of a
+    pass's memory, and recomputing it takes no longer than writing and reading it."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, token: Tensor, sums: _Sums) -> Tensor:
@@ -188,8 +188,8 @@ def _scores(query: Tensor, keys: Tensor, score: Tensor) -> Tensor:
 
 
 def _matches(query: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """tanh(query + key), (b, k, N, A), of queries (b, k, A) and keys (b, N, A): some images at a
-    time, each in the memory of those before."""
+    """Yields tanh(query + key), (b, k, N, A), of queries (b, k, A) and keys (b, N, A), for a slice
+    of the images at a time; each overwrites the one before."""
     images, k, dim = query.shape
     of_one, dtype = (k, keys.shape[1], dim), _working_dtype(keys)
     at_a_time = images
@@ -204,8 +204,8 @@ def _matches(query: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _working_dtype(tensor: Tensor) -> torch.dtype:
-    """That of what is computed from such a tensor: on CPUs never bfloat16, in which tanh takes five
-    times as long there, and baddbmm_ of a few captions many times."""
+    """The dtype to compute in with such a tensor: on CPUs never bfloat16, in which tanh takes five
+    times as long there, and baddbmm_ of a few captions many times as long."""
     if tensor.device.type != "cpu":
         return tensor.dtype
     return torch.promote_types(tensor.dtype, torch.float32)

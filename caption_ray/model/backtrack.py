@@ -1,5 +1,5 @@
-"""Reading captions back from the steps of a search: whole ones at its end, and while it goes on the
-words that are certain already.
+"""Reading captions back from the recorded steps of a beam search: whole captions at its end and,
+while it runs, the words that are already certain.
 
 Shapes: B images, K beams per image, R sequences returned per image, T steps, N regions.
 """
@@ -20,28 +20,28 @@ class Hypotheses(NamedTuple):
     tokens: Tensor
     """int64 (B, R, T): words and, unless it was cut at the maximal length, END; then PAD."""
     log_probs: Tensor
-    """(B, R): the sum over the words, END included. -inf: there is no such caption."""
+    """float32 (B, R): the sum over the words, END included; -inf if there is no such caption."""
     lengths: Tensor
     """int64 (B, R): number of words, END included."""
     attention: Tensor
-    """(B, R, T, N): where each word looked; zero for PAD."""
+    """(B, R, T, N): each word's attention weights; zero for PAD."""
 
 
 class SearchStep(NamedTuple):
-    """A step of beam search, for reading captions back from their last word. All (B, K)."""
+    """What one step of beam search records for reading captions back. All (B, K)."""
 
     tokens: Tensor
     parent: Tensor
-    """The beam, of the step before, that each token continues."""
+    """Index of the previous step's beam that each token continues."""
     attention: Tensor
-    """(B, K, N), of the beams before they were reordered."""
+    """(B, K, N), in the order of the previous step's beams, as `parent` indexes them."""
     log_probs: Tensor
     scores: Tensor
     """-inf, except where a caption ended at this step."""
 
 
 def backtrack(trace: list[SearchStep], num_return: int) -> Hypotheses:
-    """The captions of best score, read from their last words back to their first."""
+    """The `num_return` captions of best score, read from their last words back to their first."""
     scores, last = torch.cat([step.scores for step in trace], dim=1).topk(num_return)  # (B, R)
     exists = scores > -torch.inf
     tokens, attention = _read(trace, last, exists)
@@ -51,8 +51,8 @@ def backtrack(trace: list[SearchStep], num_return: int) -> Hypotheses:
 
 
 def _read(trace: list[SearchStep], last: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (B, R, T) and attention (B, R, T, N) of the sequences whose last words stand at
-    `last`, int64 (B, R): step * K + beam. PAD where they do not exist."""
+    """Tokens (B, R, T) and attention (B, R, T, N) of the sequences whose last words are at `last`,
+    int64 (B, R): step * K + beam. PAD and zero unless they exist: `exists`, bool (B, R)."""
     beams = trace[0].scores.shape[1]
     lengths = (last // beams + 1) * exists
     beam = last % beams  # (B, R)
@@ -69,8 +69,8 @@ def _read(trace: list[SearchStep], last: Tensor, exists: Tensor) -> tuple[Tensor
 
 
 def decided(trace: list[SearchStep], can_win: Tensor) -> tuple[Tensor, Tensor]:
-    """What all captions that can still be the best have in common: those of the beams that
-    `can_win`, bool (B, K), and the best that ended. Tokens (B, T) and how many, (B,)."""
+    """The longest common prefix of all captions that can still be the best: those of the beams that
+    `can_win`, bool (B, K), and the best that ended. Tokens (B, T) and the prefix's length, (B,)."""
     beams = can_win.shape[1]
     score, ended = torch.cat([step.scores for step in trace], dim=1).topk(1)  # (B, 1)
     live = torch.arange(beams, device=ended.device) + beams * (len(trace) - 1)
@@ -81,8 +81,8 @@ def decided(trace: list[SearchStep], can_win: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def common_beginning(tokens: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The sequence (B, T), of tokens (B, K, T), that is the first to count, and with how many of
-    its tokens all others that count begin, int64 (B,)."""
+    """The first sequence (B, T) of tokens (B, K, T) that counts, and the length of the prefix that
+    it shares with all others that count, int64 (B,). counts: bool (B, K); None: all do."""
     if counts is None:
         counts = torch.ones_like(tokens[..., 0], dtype=torch.bool)  # (B, K)
     first = counts.int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, tokens.shape[-1])

@@ -34,8 +34,8 @@ DECODERS: dict[str, Callable[[DecoderConfig, int, int], Decoder]] = {
     "adaptive": AdaptiveAttentionDecoder,
     "transformer": TransformerDecoder,
 }
-"""The decoders by name. Another one needs its file and a line here: training and search know only
-`Decoder`."""
+"""The decoders by name. To add one, write its module and a line here: training and search know only
+the interface `Decoder`."""
 
 
 class Captioner(nn.Module):
@@ -47,8 +47,8 @@ class Captioner(nn.Module):
         self.decoder = decoder
 
     def encode(self, images: Tensor) -> Tensor:
-        """Regions (B, N, E) of images, uint8 (B, 3, S, S). What the encoder made of them before,
-        float (B, N, E), stays what it is, for an encoder that does not train."""
+        """Regions (B, N, E) of images, uint8 (B, 3, S, S). Floats (B, N, E) pass through: regions
+        that an encoder which does not train has computed before."""
         if images.is_floating_point():
             kind = images.device.type
             is_mixed = torch.is_autocast_enabled(kind)  # the decoder casts them anyway
@@ -66,7 +66,7 @@ class Captioner(nn.Module):
         """Predict each word of tokens, int64 (B, K, L), from images, as `encode` takes them, and
         the words before it; an image is encoded once for its K captions.
 
-        own_words: share of those words that are drawn from the model's own predictions instead
+        own_words: share of those words that are replaced by samples of the model's predictions
         (scheduled sampling). num_words: as for Decoder.forward.
         """
         regions = self.encode(images)
@@ -79,16 +79,16 @@ class Captioner(nn.Module):
     def _with_own_words(
         self, regions: Tensor, tokens: Tensor, share: float, num_words: int | None = None
     ) -> Tensor:
-        """`tokens` with a share of the words replaced by what the model predicts in their place.
+        """`tokens` with a share of the words replaced by samples of the model's predictions.
 
-        All are drawn at once, each after the given words before it, so that every decoder stays as
-        parallel as it is (parallel scheduled sampling with one pass: Duckworth et al., 1906.04331).
+        One pass with teacher forcing gives all of them, so that every decoder stays as parallel as
+        it is (parallel scheduled sampling with one pass: Duckworth et al., 1906.04331).
         """
         output: DecoderOutput = self.decoder(regions.detach(), tokens, num_words)
         output.logits[:, [PAD, START]] = -torch.inf
         drawn = output.logits.float().softmax(dim=-1).multinomial(1).squeeze(-1)  # (M,)
         given = output.targets(tokens)
-        # an END stays where it is: what follows it is not predicted
+        # END is never replaced, as nothing after it is predicted
         replace = (torch.rand(given.shape, device=given.device) < share) & (given != END)
         mixed = tokens.clone()
         places = places_of(output.mask, num_words) if output.places is None else output.places
@@ -97,21 +97,21 @@ class Captioner(nn.Module):
         return mixed
 
     def begin(self, images: Tensor, k: int) -> tuple[StepFn, State]:
-        """What a search starts from: the step function of images, as `encode` takes them, and the
-        state of K sequences of each before their first word."""
+        """What a search starts from: the step function for images, as `encode` takes them, and the
+        initial state of K sequences per image."""
         memory = self.decoder.prepare(self.encode(images))
         return BoundStep(self.decoder.step, memory), self.decoder.initial_state(memory, k)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the regions that words look at."""
+        """Rows and columns of the grid of regions."""
         return self.encoder.grid
 
     def parameter_groups(
         self, learning_rate: float, encoder_learning_rate: float, weight_decay: float
     ) -> list[dict[str, Any]]:
-        """Parameter groups for a torch optimizer: each part with its learning rate, decay on
-        matrices only (no biases, norms and scales), frozen parameters left out."""
+        """Parameter groups for a torch optimizer: each part has its learning rate; weight decay is
+        on matrices only (no biases, norms and scales); frozen parameters are left out."""
         groups = []
         parts = ((self.decoder, learning_rate), (self.encoder, encoder_learning_rate))
         for part, rate in parts:
@@ -128,8 +128,8 @@ def build_captioner(
 ) -> Captioner:
     """The captioner that `config` asks for.
 
-    With `pretrained`, the encoder starts from `config.encoder.weights`; `encoder_weights` is the
-    local file where these are the URI of one. Without, it is left random and no weights are looked
+    With `pretrained`, the encoder starts from `config.encoder.weights`; if these are a URI,
+    `encoder_weights` is its local copy. Without, the encoder stays random and no weights are looked
     up: for a captioner whose weights come from a checkpoint.
 
     Raises ValueError as `build_encoder` and `build_decoder` do.

@@ -1,4 +1,4 @@
-"""What training and search know of a decoder: from regions to words.
+"""The interface of decoders, from regions to words: all that training and search know of one.
 
 Shapes: B images, K sequences per image (captions in training, beams in search), N regions,
 E region dim, L caption length, T steps, D embedding dim, H hidden dim, A attention dim,
@@ -16,25 +16,25 @@ import torch
 from torch import Tensor, nn
 
 PAD, START, END = 0, 1, 2
-"""The special words' ids, as data/vocabulary.py gives them out."""
+"""Ids of the special words, as data/vocabulary.py assigns them."""
 
 State: TypeAlias = tuple[Tensor, ...]
-"""What a decoder remembers of each sequence so far: tensors (B, K, ...)."""
+"""A decoder's memory of each sequence so far: tensors (B, K, ...)."""
 
 
 class Memory(NamedTuple):
-    """What a decoder needs of each image: computed once, shared by the image's K sequences."""
+    """What a decoder computes once per image and all K sequences of the image share."""
 
     regions: Tensor
     """(B, N, E)."""
     keys: Tensor
-    """The regions as attention compares them, (B, N, A)."""
+    """The attention keys of the regions, (B, N, A)."""
     summary: Tensor | None = None
-    """The whole picture, (B, D), for decoders that want it."""
+    """A vector of the whole picture, (B, D), for decoders that use one."""
 
 
 class StepOutput(NamedTuple):
-    """One more word of each sequence."""
+    """The prediction of each sequence's next word."""
 
     logits: Tensor
     """(B, K, V)."""
@@ -44,22 +44,22 @@ class StepOutput(NamedTuple):
 
 
 StepFn: TypeAlias = Callable[[Tensor, State], StepOutput]
-"""From the last words, int64 (B, K), and the state to the next words' logits and the new state."""
+"""Maps the last words, int64 (B, K), and the state to the next words' logits and the new state."""
 
 DecoderStep: TypeAlias = Callable[[Tensor, State, Memory], StepOutput]
-"""The form of `Decoder.step`."""
+"""The signature of `Decoder.step`."""
 
 
 def narrowed_step(step: StepFn, images: Tensor) -> StepFn | None:
-    """The step function of these images of the batch only, int64 (b,), if it has such a form: its
-    method `of`."""
+    """The step function for some images of the batch only, given by their indices, int64 (b,); None
+    if it has no method `of` that makes one."""
     of: Callable[[Tensor], StepFn | None] | None = getattr(step, "of", None)
     return None if of is None else of(images)
 
 
 @dataclass(frozen=True)
 class BoundStep:
-    """A decoder's step over the images of a batch: a StepFn that can go on with some of them."""
+    """A decoder's step over a batch of images: a StepFn that can be narrowed to some of them."""
 
     step: DecoderStep
     memory: Memory
@@ -68,13 +68,13 @@ class BoundStep:
         return self.step(tokens, state, self.memory)
 
     def of(self, images: Tensor) -> BoundStep:
-        """The step of these images of the batch only, int64 (b,)."""
+        """The step for some images of the batch only: their indices, int64 (b,)."""
         parts = (None if part is None else part[images] for part in self.memory)
         return BoundStep(self.step, Memory(*parts))  # type: ignore[arg-type]
 
 
 class DecoderOutput(NamedTuple):
-    """Teacher forcing's predictions."""
+    """Predictions under teacher forcing."""
 
     logits: Tensor
     """(M, V), for the real target words only, in the order of `tokens[..., 1:][mask]`."""
@@ -83,8 +83,8 @@ class DecoderOutput(NamedTuple):
     mask: Tensor
     """Bool (B, K, L - 1): the steps whose target is a real word, END included."""
     places: Tensor | None = None
-    """Where the real words stand in the flattened mask, int64 (M,), if the decoder knows: whoever
-    reads that off the mask must wait for the GPU."""
+    """Indices of the real words in the flattened mask, int64 (M,), if the decoder knows them:
+    to find them in the mask, the CPU must wait for the GPU."""
 
     def targets(self, tokens: Tensor) -> Tensor:
         """The real words (M,) of tokens (B, K, L)."""
@@ -94,21 +94,21 @@ class DecoderOutput(NamedTuple):
 
 
 def places_of(mask: Tensor, num_words: int | None) -> Tensor:
-    """Where the flattened mask is true, int64 (M,). Without a wait for the GPU if M is given."""
+    """Indices where the flattened mask is true, int64 (M,); no wait for the GPU if M is given."""
     if num_words is None:
         return mask.flatten().nonzero().squeeze(1)
     return torch.nonzero_static(mask.flatten(), size=num_words).squeeze(1)
 
 
 class Decoder(nn.Module, ABC):
-    """What training and search know of a decoder.
+    """The interface of a decoder.
 
-    `forward` must give what a loop over `step` gives, and may compute all steps at once.
+    `forward` must give the results of a loop over `step`, and may compute all steps at once.
     """
 
     def compile_training(self) -> None:
-        """Let `forward` on a GPU use kernels of its own and CUDA graphs from now on, where the
-        decoder has some. To be called last, as a module with graphs cannot be copied."""
+        """From now on let `forward` on a GPU use compiled kernels and CUDA graphs, if the decoder
+        has any. Call it last, as a module with graphs cannot be copied."""
 
     @abstractmethod
     def prepare(self, regions: Tensor) -> Memory:
@@ -128,6 +128,6 @@ class Decoder(nn.Module, ABC):
     ) -> DecoderOutput:
         """Predict each word of tokens, int64 (B, K, L), from those before it (teacher forcing).
 
-        num_words: M, if the caller knows it; a decoder may need it, and must wait for the GPU to
-        learn it.
+        num_words: M, if the caller knows it; otherwise a decoder that needs it must wait for the
+        GPU.
         """

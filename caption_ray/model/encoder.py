@@ -1,4 +1,4 @@
-"""From pixels to a grid of regions.
+"""The encoder: from pixels to a grid of regions.
 
 Shapes: B images, S their height and width in pixels, (h, w) the backbone's feature map,
 N regions, E region dim.
@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from caption_ray.config import EncoderConfig
 
 if TYPE_CHECKING:
-    # elsewhere where it is needed: it takes 1.5 s, which would be most of a small process's start
+    # else imported where needed: it takes 1.5 s, which would be most of a small process's start-up
     from torchvision import models
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -33,9 +33,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Encoder(nn.Module):
     """A backbone without its classifier, its feature map pooled to a grid of regions.
 
-    All that comes before the stage `trainable_from` is frozen: it takes no gradients, it stays in
-    evaluation mode under `train()`, and autograd keeps nothing of it, as neither the pictures nor
-    the frozen weights ask for gradients.
+    Everything before the stage `trainable_from` is frozen: its weights get no gradients, it stays
+    in evaluation mode under `train()`, and autograd saves none of its activations, as neither the
+    pictures nor the frozen weights require gradients.
     """
 
     mean: Tensor
@@ -53,12 +53,12 @@ class Encoder(nn.Module):
         channels, height, width = _feature_map(backbone, config)
         rows, columns = (config.grid, config.grid) if config.grid else (height, width)
         self.region_dim = channels
-        """E, the size of a region."""
+        """E, the dimension of a region."""
         self.grid = (rows, columns)
-        """Rows and columns of the regions, which come row by row: N = rows * columns."""
+        """Rows and columns of the regions, in row-major order: N = rows * columns."""
 
         self.backbone = backbone
-        # In checkpoints too, so that an encoder built from one sees pixels as in training.
+        # Saved in checkpoints, so that an encoder built from one normalises pixels as in training.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         # Adaptive average pooling as a matrix: torch's own has no deterministic gradient on GPUs.
@@ -90,18 +90,18 @@ class Encoder(nn.Module):
 
 
 def to_tensor(images: NDArray[Any] | Tensor) -> Tensor:
-    """Images as an encoder takes them: uint8 (B, S, S, 3) -> (B, 3, S, S), a view where torch has
-    views. In memory channels stay last, as convolutions are fastest."""
+    """Images as an encoder takes them: uint8 (B, S, S, 3) -> (B, 3, S, S), a view as for
+    `as_tensor`. In memory the channels stay last, which convolutions compute fastest."""
     return as_tensor(images).permute(0, 3, 1, 2)
 
 
 def to_inputs(inputs: NDArray[Any] | Tensor) -> Tensor:
-    """What a captioner takes: pictures as by `to_tensor`; regions (B, N, E) as they are."""
+    """A captioner's input: pictures as by `to_tensor`; regions (B, N, E) unchanged."""
     return to_tensor(inputs) if inputs.ndim == 4 else as_tensor(inputs)
 
 
 def as_tensor(array: NDArray[Any] | Tensor) -> Tensor:
-    """A view where torch has views; not of what is read-only, such as Ray's arrays."""
+    """The array as a tensor: a view, or a copy if it is read-only, as arrays from Ray are."""
     if isinstance(array, Tensor):
         return array
     return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
@@ -110,12 +110,12 @@ def as_tensor(array: NDArray[Any] | Tensor) -> Tensor:
 def build_encoder(config: EncoderConfig, weights_path: str | None) -> Encoder:
     """The encoder that `config` asks for, with its weights.
 
-    `weights_path` is the local file to read where `is_weights_uri(config.weights)`. Weights by
-    torchvision's names come through torchvision, which keeps what it downloads.
+    `weights_path` is the local file to read if `is_weights_uri(config.weights)`. Weights that
+    torchvision knows by name are downloaded, and cached, by torchvision.
 
     Raises ValueError, naming the option, its value and valid ones, for an unknown backbone, name of
-    weights or stage, for a file that does not fit, and for an image size that the backbone does
-    not take.
+    weights or stage, for a file whose weights do not fit the backbone, and for an image size that
+    the backbone does not accept.
     """
     small = config.name == "small"
     backbone, dropped = (small_backbone(), set()) if small else _torchvision_backbone(config)
@@ -144,9 +144,9 @@ def small_backbone() -> nn.Module:
     """A compact CNN of stride 16, to be trained from scratch on drawn scenes.
 
     At 96 pixels it gives 6 x 6 regions, each about as large as a small figure; stride 8 would make
-    the decoder's attention four times as slow. Coordinates come last: entering
-    before the convolutions, they left a third of the captions with a wrong position or relation.
-    The normalisation is batch norm: a worker's statistics are those of its own share of a batch.
+    the decoder's attention four times as slow. Coordinates are appended last: placed before the
+    convolutions, they left a third of the captions with a wrong position or relation. Batch norm
+    takes its statistics from each worker's own share of a batch.
     """
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (before, after) in enumerate(pairwise((3, 32, 64, 128, 128)), start=1):
@@ -173,9 +173,9 @@ class _Coordinates(nn.Module):
 
 
 def _torchvision_backbone(config: EncoderConfig) -> tuple[nn.Module, set[str]]:
-    """A torchvision classifier up to its last feature map, and the names of what that leaves out.
+    """A torchvision classifier up to its last feature map, and the names of the modules left out.
 
-    The classifier is traced, so that its forward need not be known; modules keep their names.
+    The classifier is traced, so that any forward will do; modules keep their names.
     """
     from torchvision import models
 
@@ -191,10 +191,10 @@ def _torchvision_backbone(config: EncoderConfig) -> tuple[nn.Module, set[str]]:
     elif config.name.startswith("maxvit"):
         options = {"input_size": (config.image_size, config.image_size)}
     elif config.name in ("inception_v3", "googlenet"):
-        # Their weights want pixels from -1 to 1, which transform_input makes of normalised ones.
+        # Their weights expect pixels from -1 to 1; transform_input converts normalised ones.
         options = {"transform_input": True, "init_weights": True}
     try:
-        # Traced in evaluation mode there are no auxiliary classifiers.
+        # In evaluation mode the trace has no auxiliary classifiers.
         classifier = models.get_model(config.name, weights=None, **options).eval()
     except (ValueError, AssertionError) as error:
         raise _wrong_image_size(config, error) from error
@@ -207,14 +207,14 @@ def _torchvision_backbone(config: EncoderConfig) -> tuple[nn.Module, set[str]]:
     next(node for node in graph.nodes if node.op == "output").args = (features,)
     backbone = fx.GraphModule(classifier, graph)
     backbone.graph.eliminate_dead_code()
-    backbone = fx.GraphModule(backbone, backbone.graph)  # with no module that the graph lacks
+    backbone = fx.GraphModule(backbone, backbone.graph)  # drops modules that the graph lacks
     return backbone, set(dict(classifier.named_children())) - set(dict(backbone.named_children()))
 
 
 class _Tracer(fx.Tracer):
-    """Leaves whole: torch's own modules, torchvision's operators, and the classifier's head."""
+    """Does not trace into torch's own modules, torchvision's operators or the head."""
 
-    proxy_buffer_attributes = True  # buffers keep their names, too
+    proxy_buffer_attributes = True  # so that buffers keep their names, too
 
     def __init__(self, head: str) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ def _pools(node: fx.Node, classifier: nn.Module) -> bool:
 
 
 def _feature_map(backbone: nn.Module, config: EncoderConfig) -> tuple[int, int, int]:
-    """Channels, height and width of the feature map that the backbone makes of an image."""
+    """Channels, height and width of the backbone's feature map."""
     try:
         with torch.no_grad():
             image = torch.zeros(1, 3, config.image_size, config.image_size)
@@ -255,7 +255,7 @@ def _feature_map(backbone: nn.Module, config: EncoderConfig) -> tuple[int, int, 
 def _wrong_image_size(config: EncoderConfig, error: Exception) -> ValueError:
     return ValueError(
         f"--model.encoder.image-size is {config.image_size}: {config.name} takes other sizes, "
-        f"224 for one ({error})"
+        f"such as 224 ({error})"
     )
 
 
@@ -263,7 +263,7 @@ def _wrong_image_size(config: EncoderConfig, error: Exception) -> ValueError:
 
 
 def _freeze(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module]:
-    """Freeze what comes before `trainable_from`; the modules that stay in evaluation mode."""
+    """Freeze all before `trainable_from`; returns the modules that stay in evaluation mode."""
     modules = dict(backbone.named_modules())
     stage = config.trainable_from
     if stage == "all":
@@ -286,7 +286,7 @@ def _freeze(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module]:
 
 
 def _stages(backbone: nn.Module) -> list[str]:
-    """The coarsest parts of a backbone that are worth choosing from."""
+    """Names of the coarsest modules of a backbone, at least four, to choose from."""
     stages = {"": backbone}
     while len(stages) < 4:
         stages = {
@@ -318,7 +318,7 @@ def _torchvision_weights(config: EncoderConfig) -> models.WeightsEnum:
 
 
 def _read(path: str, config: EncoderConfig) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file or one that torch saved; nothing is unpickled."""
+    """A state dict from a .safetensors file or one that torch saved; no code in it is run."""
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -326,7 +326,7 @@ def _read(path: str, config: EncoderConfig) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {str(key): tensor.detach() for key, tensor in state.items()}
-    except Exception as error:  # of many kinds, whatever the file is instead
+    except Exception as error:  # its type depends on what the file really is
         raise ValueError(
             f"--model.encoder.weights is {config.weights!r}: no state dict in {path} ({error})"
         ) from error
@@ -338,7 +338,7 @@ DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 def _load(
     backbone: nn.Module, state: dict[str, Tensor], dropped: Collection[str], config: EncoderConfig
 ) -> None:
-    """Load a classifier's weights; those of the parts that were left out are ignored."""
+    """Load a classifier's weights, without those of the modules that were left out."""
     state = {
         DENSENET_KEY.sub(r"\1\2", key): tensor  # norm.1 is norm1 in today's DenseNets
         for key, tensor in state.items()
@@ -361,4 +361,4 @@ def _load(
 
 def _did_you_mean(name: str, valid: Collection[str]) -> str:
     close = difflib.get_close_matches(name, ["small", *valid], n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ", resnet50 for one"
+    return f"; did you mean {' or '.join(close)}?" if close else ", such as resnet50"

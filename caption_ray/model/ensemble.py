@@ -1,4 +1,4 @@
-"""Several captioners that caption together.
+"""An ensemble: several captioners that choose each word together.
 
 Shapes: B images, S height and width in pixels, K sequences per image, N regions, V vocabulary,
 M members.
@@ -19,23 +19,23 @@ from caption_ray.model.decoder import State, StepFn, StepOutput, narrowed_step
 
 
 class Ensemble(nn.Module):
-    """Captioners that agree on each word: its probability is the mean of theirs (a uniform mixture,
+    """Captioners whose word probabilities are averaged at each step (a uniform mixture,
     Lakshminarayanan et al., 1612.01474, section 2.4; of captioners, Vinyals et al., 1609.06647).
 
-    To a search it is a captioner like any other. Members may differ in all but the vocabulary and
-    the images they take.
+    A search uses it like a single captioner. Members may differ in everything but the vocabulary
+    and the images they take.
     """
 
     def __init__(self, members: Sequence[Captioner]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
         self.grid = members[0].grid
-        """As of a captioner. Words look where the members look on average, or, if their grids
-        differ, where the first one does."""
+        """As for a captioner. Attention is the mean of the members' or, if their grids differ, that
+        of the first one."""
         self.grids_agree = all(member.grid == self.grid for member in members)
 
     def begin(self, images: Tensor, k: int) -> tuple[StepFn, State]:
-        """As of a captioner; the state is the members' states, one behind the other."""
+        """As for a captioner; the state is the members' states, one after the other."""
         begun = [member.begin(images, k) for member in self.members]  # type: ignore[operator]
         step = _JointStep(
             [step for step, _ in begun], [len(state) for _, state in begun], self.grids_agree
@@ -45,11 +45,11 @@ class Ensemble(nn.Module):
 
 @dataclass(frozen=True)
 class _JointStep:
-    """The members' steps as one."""
+    """The members' steps as one StepFn."""
 
     steps: Sequence[StepFn]
     sizes: Sequence[int]
-    """How many parts of the state belong to each."""
+    """Number of the state's tensors that belong to each member."""
     grids_agree: bool
 
     def __call__(self, tokens: Tensor, state: State) -> StepOutput:
@@ -66,7 +66,7 @@ class _JointStep:
         )
 
     def of(self, images: Tensor) -> _JointStep | None:
-        """Of these images only, int64 (b,), if every member's step has such a form."""
+        """The step for some images only, int64 (b,); None unless every member's can be narrowed."""
         narrowed = [narrowed_step(step, images) for step in self.steps]
         steps = [step for step in narrowed if step is not None]
         return replace(self, steps=steps) if len(steps) == len(narrowed) else None

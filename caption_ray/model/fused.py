@@ -1,5 +1,4 @@
-"""Elementwise work of the recurrent decoders as single kernels, for GPUs: `torch.compile` writes
-them.
+"""The recurrent decoders' elementwise work as fused GPU kernels, which `torch.compile` generates.
 
 Shapes as in attention.py.
 """
@@ -17,27 +16,27 @@ from torch.autograd.function import once_differentiable
 from caption_ray.model.decoder import Memory
 
 FORMS = 64
-"""Most forms of a function, by shapes and circumstances; torch takes more for a mistake."""
+"""Most specialisations of one function, by shapes and modes; torch fails if it needs more."""
 
 
 @cache
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled when it is first called; whatever cannot be is an error."""
-    from torch._dynamo import config  # takes a second, which most processes can spare
+    """The function, compiled at its first call; any part that cannot be compiled is an error."""
+    from torch._dynamo import config  # takes a second, which most processes need not spend
 
-    # each has a form for autocast or not, gradients or not, the first step or a later one, ...
+    # one for each combination of autocast or not, gradients or not, first or later step, ...
     config.recompile_limit = max(config.recompile_limit, FORMS)
     return torch.compile(function, fullgraph=True)
 
 
 class AttendedFused:
-    """For all steps of a training pass, as `AttendedOverTime`, but nothing (b, k, N, A) is written
-    down: the backward pass computes it again. The gradients of regions, keys and score are those of
-    all steps in one product each."""
+    """`Attended` for all steps of a training pass, as `AttendedOverTime`, but no (b, k, N, A)
+    tensor is written to memory: the backward pass recomputes it. The gradients of regions, keys and
+    score are computed for all steps at once."""
 
     def __init__(self, memory: Memory, score: Tensor) -> None:
         regions, keys = memory.regions, memory.keys
-        if torch.is_autocast_enabled(keys.device.type):  # once, not at each step
+        if torch.is_autocast_enabled(keys.device.type):  # cast once, not at each step
             regions = regions.to(torch.get_autocast_dtype(keys.device.type))
         self._tape = _Tape(regions.detach(), keys.detach(), score.detach())
         self._token: Tensor = _Whole.apply(regions, keys, score, self._tape)
@@ -52,7 +51,7 @@ class AttendedFused:
 
 
 class _Tape:
-    """Regions, keys and score of a pass, and what its steps have entered and got back."""
+    """Regions, keys and score of a pass, and its steps' inputs and output gradients."""
 
     def __init__(self, regions: Tensor, keys: Tensor, score: Tensor) -> None:
         self.regions, self.keys, self.score = regions, keys, score
@@ -64,7 +63,7 @@ class _Tape:
 
 
 class _Whole(torch.autograd.Function):
-    """The root of all steps, which autograd comes back to when all of them are done."""
+    """Gives every step a common input, so that autograd runs this backward after all of theirs."""
 
     @staticmethod
     def forward(ctx: Any, regions: Tensor, keys: Tensor, score: Tensor, tape: _Tape) -> Tensor:

@@ -1,8 +1,8 @@
-"""Search as CUDA graphs: a GPU gets several steps at once, and Python looks at what they found only
-then.
+"""Search as CUDA graphs: a GPU gets several steps at once, and Python looks at the results only
+after them. captioning/predictor.py uses it on GPUs.
 
 A step of beam search is some hundred small kernels, which a GPU runs in a tenth of the time that
-Python needs to name them.
+Python needs to launch them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from caption_ray.model.graphs import capture
 from caption_ray.model.search import OnStep, begin
 
 STEPS = 4
-"""Steps of a graph: more would go on for longer where all captions are over."""
+"""Steps per graph; with more, a batch whose captions have all ended would run on for longer."""
 
 
 class GraphedSearch:
-    """`search.generate` of one caption each, for batches of one size and a search without
+    """`search.generate` with one caption per image, for batches of one size and a search without
     temperature."""
 
     def __init__(
@@ -35,24 +35,24 @@ class GraphedSearch:
         autocast: torch.dtype | None,
         pool: Any,
     ) -> None:
-        """images: uint8 (B, 3, S, S), such as will come. pool: memory that it may share with
-        others, of which one is called at a time (see torch.cuda.graph_pool_handle).
+        """images: uint8 (B, 3, S, S), like those of later calls. pool: memory to share with other
+        searches, of which only one runs at a time (see torch.cuda.graph_pool_handle).
 
-        Must be called outside of autocast: casts of weights that it kept from before would go.
+        Must be called outside of autocast: its cache frees weight casts that graphs still read.
         """
         self._images = images.clone()
         context = torch.autocast("cuda", dtype=autocast, enabled=autocast is not None)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode():
-            with torch.cuda.stream(stream), context:  # loads libraries, and chooses kernels
+            with torch.cuda.stream(stream), context:  # warm-up: loads libraries, chooses kernels
                 trial = begin(captioner, self._images, search, 1)
                 for _ in range(search.max_length):
                     trial.advance()
                 trial.found()
             torch.cuda.current_stream().wait_stream(stream)
             self._stages: list[_Stage] = []
-            # one context for all graphs, as the later ones read weights that the first one casts
+            # one autocast for all graphs, as the later ones read weights that the first one casts
             with context:
                 for done in range(0, search.max_length, STEPS):
                     self._stages.append(self._capture(captioner, search, done, pool, stream))
@@ -80,7 +80,7 @@ class GraphedSearch:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, on_step: OnStep | None = None) -> Hypotheses:
-        """As `search.generate`; `on_step` is called once for several steps."""
+        """As `search.generate`; `on_step` is called once per graph."""
         self._images.copy_(images)
         for stage in self._stages:
             stage.advance.replay()
@@ -94,7 +94,7 @@ class GraphedSearch:
 
 
 class _Stage(NamedTuple):
-    """Some steps of a search, and what it had found after them."""
+    """The graphs of up to STEPS steps of a search, and the tensors with their results."""
 
     advance: torch.cuda.CUDAGraph
     over: Tensor

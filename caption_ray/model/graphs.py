@@ -1,7 +1,7 @@
-"""Functions whose kernels a GPU is given all at once: CUDA graphs, forward and backward.
+"""Functions whose kernels are launched all at once: CUDA graphs, forward and backward.
 
-A recurrence is hundreds of small kernels, each of which a GPU runs faster than Python names the
-next. Captured once, they are launched as one.
+A recurrence is hundreds of small kernels, each of which a GPU runs faster than Python launches the
+next. The recurrent decoders use this in training.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch.autograd.function import once_differentiable
 Function = Callable[..., tuple[Tensor, ...]]
 
 WARM_UPS = 3
-"""Runs before a capture, in which kernels are compiled and libraries set up."""
+"""Warm-up runs before a capture, in which kernels are compiled and libraries set up."""
 
 GRAPHED_STEPS = 4
-"""Recurrences are captured for multiples of so many steps, as each number needs a graph."""
+"""Recurrences are padded to a multiple of this many steps, as each length needs its own graph."""
 
 
 class Graphed:
-    """A function of tensors that is captured once for each form of them, and then replayed.
+    """A function of tensors that is captured once for each set of shapes and dtypes, then replayed.
 
-    It must do the same for tensors of the same shapes, without a look at their values. All captures
-    share their memory, so a backward pass must come before the next forward pass; else it raises
+    For the same shapes it must launch the same kernels, whatever the tensors' values. All captures
+    share their memory, so each backward pass must come before the next forward pass; else it raises
     RuntimeError.
     """
 
     def __init__(self, function: Function, module: nn.Module, without: Collection[str]) -> None:
-        """function: of tensors, to a tuple of tensors, with the parameters of `module` except those
-        named `without`. These must stay where they are in memory."""
+        """function: maps tensors to a tuple of tensors, with the parameters of `module` except
+        those named in `without`. The parameters must keep their place in memory."""
         self._function, self._module = function, module
         self._names = [name for name, _ in module.named_parameters() if name not in without]
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._pool = _Pool()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The function's outputs; what they hold is valid until the next call."""
+        """The function's outputs; the next call overwrites them."""
         wants = torch.is_grad_enabled()
         weights = [self._module.get_parameter(name) for name in self._names]
         form = (
@@ -49,32 +49,32 @@ class Graphed:
             torch.is_autocast_enabled("cuda"),
         )
         if form not in self._captured:
-            with _others(self._module, self._names) as leaves:
+            with _aliases(self._module, self._names) as leaves:
                 self._captured[form] = _Captured(self._function, inputs, leaves, self._pool)
         outputs: tuple[Tensor, ...] = _Replay.apply(self._captured[form], *inputs, *weights)
         return outputs
 
 
 @contextmanager
-def _others(module: nn.Module, names: Sequence[str]) -> Generator[list[nn.Parameter], None, None]:
-    """Other parameters in the module, with the same memory.
+def _aliases(module: nn.Module, names: Sequence[str]) -> Generator[list[nn.Parameter], None, None]:
+    """Replaces the module's parameters, for the time being, by others that share their memory.
 
-    Autograd, and DDP, remember of a parameter on which stream they last met it, and would have a
-    capture wait for that, which it cannot.
+    Autograd and DDP remember on which stream they last used a parameter, and would make a capture
+    wait for that stream, which is not allowed.
     """
     own = {name: module.get_parameter(name) for name in names}
-    others = {
+    aliases = {
         name: nn.Parameter(weight.detach(), weight.requires_grad) for name, weight in own.items()
     }
 
     def place(weights: Mapping[str, nn.Parameter]) -> None:
         for name, weight in weights.items():
             owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, weight)  # recurrent modules note it
+            setattr(module.get_submodule(owner), leaf, weight)  # which recurrent modules track
 
-    place(others)
+    place(aliases)
     try:
-        yield list(others.values())
+        yield list(aliases.values())
     finally:
         place(own)
 
@@ -83,9 +83,9 @@ def _others(module: nn.Module, names: Sequence[str]) -> Generator[list[nn.Parame
 def capture(
     graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
 ) -> Generator[None, None, None]:
-    """Capture what is done within, with memory of `pool`; other threads go on working meanwhile.
+    """Capture the kernels launched within, with memory of `pool`; other threads may use the GPU.
 
-    As torch.cuda.graph, without its collection of garbage, which takes longer than the capture.
+    As torch.cuda.graph, without its garbage collection, which takes longer than the capture.
     """
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -96,7 +96,7 @@ def capture(
 
 
 class _Pool:
-    """The memory that captures share, and how often it was written anew."""
+    """The memory that captures share, and how many forward passes have overwritten it."""
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
@@ -104,7 +104,7 @@ class _Pool:
 
 
 class _Captured:
-    """A function's kernels for inputs of one form, and where these read and write."""
+    """A function's graphs for inputs of one form, and the tensors that these read and write."""
 
     def __init__(
         self, function: Function, inputs: Sequence[Tensor], weights: Sequence[Tensor], pool: _Pool
@@ -114,7 +114,7 @@ class _Captured:
         self.inputs = [x.detach().clone().requires_grad_(wants and x.requires_grad) for x in inputs]
         leaves = [x for x in (*self.inputs, *weights) if x.requires_grad] if wants else []
 
-        # casts of weights that autocast kept from before would not follow the weights
+        # weight casts in autocast's cache would not follow the weights
         uncached = torch.autocast(
             "cuda",
             dtype=torch.get_autocast_dtype("cuda"),
@@ -143,7 +143,7 @@ class _Captured:
             with capture(self.backward, pool.handle, stream):
                 leaving = _gradients(self.outputs, leaves, self.arriving)
         torch.cuda.current_stream().wait_stream(stream)
-        self.outputs = tuple(output.detach() for output in self.outputs)  # lets go of the tape
+        self.outputs = tuple(output.detach() for output in self.outputs)  # frees autograd's graph
         found = iter(leaving)
         self.leaving = [
             next(found) if wants and x.requires_grad else None for x in (*self.inputs, *weights)
@@ -177,7 +177,7 @@ class _Replay(torch.autograd.Function):
         if ctx.turn != captured.pool.turn:
             raise RuntimeError(
                 "the backward pass of a graphed function came after its next forward pass, which "
-                "has overwritten what it needs: take them in turn"
+                "has overwritten what it needs: alternate the two"
             )
         for static, given in zip(captured.arriving, gradients, strict=True):
             if given is None:
@@ -185,7 +185,7 @@ class _Replay(torch.autograd.Function):
             else:
                 static.copy_(given)
         captured.backward.replay()
-        # copies: optimizers and further backward passes keep what they get
+        # copies, as optimizers and further backward passes keep what they get
         found = [gradient for gradient in captured.leaving if gradient is not None]
         copies = iter(torch._foreach_mul(found, 1.0) if found else ())
         return None, *(None if one is None else next(copies) for one in captured.leaving)

@@ -1,4 +1,4 @@
-"""Training losses, as sums and counts: a mean is divided once, after all workers have summed.
+"""Training losses as sums and counts: means are taken once, after summing over all workers.
 
 Shapes: B images, K sequences per image, T steps, N regions, V vocabulary, M real target words.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def token_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """What is minimised, and the negative log-likelihood, both in nats and summed over the words.
+    """The loss to minimise and the negative log-likelihood, both in nats, summed over the words.
 
     They differ by label smoothing (Szegedy et al., 1512.00567, section 7), which spreads the share
     `smoothing` of each target over the vocabulary. logits (M, V), targets int64 (M,).
@@ -24,9 +24,9 @@ def token_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple
 
 
 def doubly_stochastic(attention: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Regulariser that makes a caption attend to every region about once, over the whole caption.
+    """Regulariser that makes each region's attention add up to about one over a caption.
 
-    (1 - sum over t of attention)^2, meant over the regions and summed over the captions, and the
+    (1 - sum over t of attention)^2, averaged over the regions and summed over the captions, and the
     number of captions; those without a real word do not count (Show, Attend and Tell, eq. 14).
 
     attention (B, K, T, N), mask bool (B, K, T): the steps with a real word.

@@ -1,7 +1,7 @@
-"""Recurrences in training: no step for a caption that is over, no weight's gradient per step.
+"""Recurrences in training: few steps after a caption's end, and weight gradients once per pass.
 
 Shapes: B images, K captions per image, T steps of the longest caption, M real words, R rows: the
-captions of all steps, those that are computed although they are over included.
+captions of all steps together, including those that have ended but are computed nevertheless.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from caption_ray.model.graphs import GRAPHED_STEPS, Graphed
 
 
 class Packing:
-    """Captions in an order in which each step needs only the first images and, of these, the first
+    """Captions sorted so that each step needs only the first images and, of these, the first
     captions: the images of the longest captions first, and the longest caption of each image first.
 
-    So every step is a plain slice. Of COCO's captions, five to an image, it leaves out nine tenths
+    So every step is a plain slice. For COCO, with five captions per image, this skips nine tenths
     of the steps after a caption's end.
     """
 
@@ -32,11 +32,11 @@ class Packing:
         """mask: bool (B, K, L - 1), true for the real words, which come first."""
         lengths, self.captions = mask.sum(dim=-1).sort(dim=1, descending=True)
         self.images = lengths[:, 0].argsort(descending=True)  # (B,)
-        """The images in this order."""
+        """Indices of the images in this order."""
         self.captions = self.captions[self.images]  # (B, K)
-        """Of each of these images, its captions in this order."""
+        """For each of these images, the indices of its captions in this order."""
         lengths = lengths[self.images].cpu()
-        steps = max(1, int(lengths[0, 0]))  # a batch without words takes one, for its gradients
+        steps = max(1, int(lengths[0, 0]))  # one even without words, so that there are gradients
         after = torch.arange(steps).view(-1, 1)
         images = (lengths[:, 0] > after).sum(dim=1)
         captions = (lengths.amax(dim=0) > after).sum(dim=1)
@@ -44,7 +44,7 @@ class Packing:
         self.sizes: list[tuple[int, int]] = list(
             zip(images.tolist(), captions.tolist(), strict=True)
         )
-        """Images and captions of each step."""
+        """Numbers of images, and of captions per image, at each step."""
         self.row_counts = [b * k for b, k in self.sizes]
 
         device = mask.device
@@ -57,10 +57,10 @@ class Packing:
             + image_place[image] * captions.to(device)[step]
             + caption_place[image, caption]
         )
-        """Where, among the rows, the real words stand, int64 (M,), in the order of the mask."""
+        """Indices of the real words among the rows, int64 (M,), in the order of the mask."""
 
     def rows(self, values: Tensor) -> Tensor:
-        """Rows (R, ...) of what belongs to each word, (B, K, >= T, ...) as in the mask."""
+        """Rows (R, ...) of values for each word, (B, K, >= T, ...), in the mask's order."""
         ordered = values[self.images.unsqueeze(1), self.captions]
         return torch.cat(
             [ordered[:b, :k, step].flatten(0, 1) for step, (b, k) in enumerate(self.sizes)]
@@ -74,16 +74,16 @@ class Packing:
         ]
 
     def words(self, steps: list[Tensor]) -> Tensor:
-        """What steps (b, k, ...) found for the real words, (M, ...)."""
+        """The values (M, ...) of the real words, from those of each step, (b, k, ...)."""
         return torch.cat([step.flatten(0, 1) for step in steps])[self.real]
 
 
 class AttendedByStep:
-    """For the rows of a packing, all at once, where what is attended to takes steps: on CPUs what a
-    step writes down fits the cache."""
+    """Takes all rows of a packing at once, but attends step by step: on CPUs, one step's tensors
+    fit the cache."""
 
     def __init__(self, packing: Packing, attended: Attended) -> None:
-        """attended: the packing's images in its order."""
+        """attended: over the images in the packing's order."""
         self._packing, self._attended = packing, attended
 
     def scores(self, query: Tensor) -> Tensor:
@@ -99,14 +99,14 @@ class AttendedByStep:
 
 
 class RecurrentDecoder(Decoder):
-    """A decoder whose training passes can be CUDA graphs: all but the embedding of words and the
-    logits, of which only those of real words are computed."""
+    """A decoder whose training passes can run as CUDA graphs, except for the words' embedding and
+    the logits, which are computed for real words only."""
 
     embedding: nn.Embedding
     dropout: nn.Dropout
 
     OUTPUT: tuple[str, ...]
-    """Names of the parameters that logits are made with."""
+    """Names of the output layer's parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,12 +114,12 @@ class RecurrentDecoder(Decoder):
 
     @abstractmethod
     def all_steps(self, words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """What logits are read from, (B, K, T, ...), and attention, (B, K, T, N), at all steps,
-        after words (B, K, T, D), as a GPU computes them best. It looks at no value."""
+        """The output layer's input (B, K, T, ...) and attention (B, K, T, N) at all steps, from
+        embedded words (B, K, T, D), computed as suits GPUs. Must not depend on tensors' values."""
 
     @abstractmethod
     def logits(self, mixed: Tensor) -> Tensor:
-        """Logits (..., V) of what they are read from."""
+        """Logits (..., V) from the output layer's input."""
 
     def compile_training(self) -> None:
         self._graphed = Graphed(self.all_steps, self, {"embedding.weight", *self.OUTPUT})
@@ -133,7 +133,7 @@ class RecurrentDecoder(Decoder):
 
     @abstractmethod
     def packed(self, regions: Tensor, tokens: Tensor) -> DecoderOutput:
-        """`forward` step by step, each with the captions that are not over."""
+        """`forward` step by step, each with the captions that have not ended."""
 
     def graphed(
         self, graph: Graphed, regions: Tensor, tokens: Tensor, num_words: int | None
@@ -151,25 +151,25 @@ class RecurrentDecoder(Decoder):
 
 
 def narrowed(state: State, images: int, captions: int) -> State:
-    """That of the first images and captions; as it is if there are no others, since the gradient of
-    a slice is a whole tensor."""
+    """The state of the first images and captions; unchanged if these are all, since the gradient of
+    a slice is a full-size tensor."""
     if (images, captions) == state[0].shape[:2]:
         return state
     return tuple(part[:images, :captions] for part in state)
 
 
 def placed(words: Tensor, mask: Tensor) -> Tensor:
-    """What belongs to the real words, (M, ...), where the mask (B, K, L - 1) has them; else 0."""
+    """Values (M, ...) of the real words, at their places in the mask (B, K, L - 1); 0 elsewhere."""
     whole = words.new_zeros(*mask.shape, *words.shape[1:])
     whole[mask] = words
     return whole
 
 
 class OverTime:
-    """A linear map of each step of one pass.
+    """A linear map that is applied at each step of one pass.
 
-    Its weight's gradient is the sum over all steps: here one product of what entered all steps with
-    what came back to them, where autograd would write a matrix for each step, and add.
+    Its weight's gradient is a sum over all steps, computed here as one product of all inputs and
+    output gradients, where autograd would allocate a matrix for each step and add them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -177,7 +177,7 @@ class OverTime:
         self._token: Tensor = _Sum.apply(weight, bias, self._tape)
         self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
         kind = weight.device.type
-        if torch.is_autocast_enabled(kind):  # once, not at each step
+        if torch.is_autocast_enabled(kind):  # cast once, not at each step
             dtype = torch.get_autocast_dtype(kind)
             self._weight = self._weight.to(dtype)
             self._bias = None if self._bias is None else self._bias.to(dtype)
@@ -194,7 +194,7 @@ class OverTime:
 
 
 class _Step(torch.autograd.Function):
-    """One step of a linear map: its input's gradient, and a note on the tape."""
+    """One step of a linear map; backward gives its input's gradient and records on the tape."""
 
     @staticmethod
     def forward(
@@ -214,7 +214,7 @@ class _Step(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The root of all steps, which autograd comes back to when all of them are done."""
+    """Gives every step a common input, so that autograd runs this backward after all of theirs."""
 
     @staticmethod
     def forward(

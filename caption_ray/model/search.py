@@ -24,14 +24,14 @@ from caption_ray.model.decoder import END, PAD, START, State, StepFn, narrowed_s
 from caption_ray.model.ensemble import Ensemble
 
 WORTH_NARROWING = 0.75
-"""Share of a batch's images that go on, at most, where the others are left out."""
+"""Finished images leave the batch once at most this share of it goes on: leaving costs a copy."""
 
 BLOCK_WORDS = 100
-"""Words that `_largest` looks at together."""
+"""Words in each of the vocabulary's blocks that `_largest` compares."""
 
 OnStep = Callable[[Tensor, Tensor], None]
-"""Called after each step with int64 tokens (B, T) and (B,): how many of them, from the first, will
-stand in every caption that is returned for the image, or in the best one if beams compete."""
+"""Called after each step with int64 tokens (B, T) and (B,): how many of them, from the first, are
+certain to begin every caption that is returned for the image or, with beams, the best one."""
 
 
 def beam_search(
@@ -48,9 +48,9 @@ def beam_search(
     """The captions of highest log-probability / length ** length_penalty that K beams find.
 
     `state` is the initial state of K beams per image. At each step the K best continuations of an
-    image's beams are kept; those that end, and all at max_length, leave the beams and are compared
-    with the captions that ended before. The search of an image stops when none of its beams can
-    win any more, so that stopping early changes nothing. One beam is greedy search. `_allowed`
+    image's beams are kept; those that end, and all at max_length, leave the beams and compete with
+    the captions that ended before. The search of an image stops when none of its beams can still
+    win, so that early stopping never changes the result. One beam is greedy search. `_allowed`
     explains `min_length` and `no_repeat_ngram_size`.
 
     Raises ValueError unless 1 <= num_return <= K.
@@ -72,7 +72,7 @@ def greedy(
 ) -> Hypotheses:
     """The likeliest word at each step; `state` is the initial state of one sequence per image."""
 
-    search = _Following(step, state, _likeliest(min_length, no_repeat_ngram_size))
+    search = _Independent(step, state, _likeliest(min_length, no_repeat_ngram_size))
     return _run(search, max_length, on_step)
 
 
@@ -98,13 +98,13 @@ def sample(
 ) -> Hypotheses:
     """K random captions of each image; `state` is the initial state of K sequences per image.
 
-    Words are drawn from softmax(logits / temperature), cut to the `top_k` likeliest words and to
-    the fewest words that together have a probability of `top_p` (Holtzman et al., 1904.09751).
-    `log_probs` are those of the decoder, before any of that. `generator` is one that lives where
-    `state` does, or one on the CPU for each image: then an image's captions do not depend on the
-    others in the batch.
+    Words are drawn from softmax(logits / temperature), restricted to the `top_k` likeliest words
+    and to the fewest words with a total probability of `top_p` (Holtzman et al., 1904.09751).
+    `log_probs` are those of the decoder, before any of that. `generator` is one on the device of
+    `state`, or one on the CPU for each image: then an image's captions do not depend on the others
+    in the batch.
 
-    Raises ValueError for a temperature or top_p that no distribution has.
+    Raises ValueError for a temperature, top_k or top_p out of bounds.
     """
     is_possible = SMALLEST <= temperature < math.inf and SMALLEST <= top_p <= 1
     if not is_possible or (top_k is not None and top_k < 1):
@@ -122,10 +122,10 @@ def sample(
             logits = logits.masked_fill(logits < least, -torch.inf)
         if top_p < 1:
             ordered, words = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-            enough = ordered.cumsum(dim=-1) - ordered >= top_p  # without this word already
+            enough = ordered.cumsum(dim=-1) - ordered >= top_p  # even without this word
             logits = logits.masked_fill(enough.gather(-1, words.argsort(dim=-1)), -torch.inf)
-        # The word at which the cumulative distribution passes a uniform number in [0, 1): as it
-        # rises there, that word's probability is not zero.
+        # The word at which the cumulative distribution passes a uniform number in [0, 1). As the
+        # distribution rises there, the word's probability is not zero.
         cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
         cumulative = cumulative / cumulative[..., -1:]
         own = generator
@@ -134,7 +134,7 @@ def sample(
         uniform = _uniform(logits.shape[:2], own, logits.device)  # (B, K)
         return torch.searchsorted(cumulative, uniform.unsqueeze(-1), right=True).squeeze(-1)
 
-    return _run(_Following(step, state, draw), max_length, on_step)
+    return _run(_Independent(step, state, draw), max_length, on_step)
 
 
 def _uniform(
@@ -160,8 +160,8 @@ def generate(
 ) -> Hypotheses:
     """The `num_return` best captions that `search` finds for images, uint8 (B, 3, S, S).
 
-    With a temperature, that many captions are drawn; an image's depend on its seed (default 0) and
-    on nothing else in the batch.
+    With a temperature, that many captions are sampled; an image's captions depend on its seed
+    (default 0), but not on the rest of the batch.
 
     Raises ValueError if more captions are asked for than there are beams, and for a captioner in
     training mode, whose dropout would spoil them.
@@ -192,39 +192,39 @@ def begin(
     step, state = captioner.begin(images, search.beam_size)
     limits = search.min_length, search.no_repeat_ngram_size
     if search.beam_size == 1 and num_return == 1:
-        return _Following(step, state, _likeliest(*limits))
+        return _Independent(step, state, _likeliest(*limits))
     return _Beams(step, state, search.max_length, search.length_penalty, num_return, *limits)
 
 
 class Progress(ABC):
-    """A search on its way: all its images, and all of their sequences, advance together."""
+    """A running search, in which all images and all of their sequences advance together."""
 
     def __init__(self, step: StepFn, state: State) -> None:
         self._step, self._state = step, state
         self._batch, k = state[0].shape[:2]
         device = state[0].device
         self.left = torch.arange(self._batch, device=device)
-        """Images that are still searched, int64 (b,)."""
+        """Indices of the images that are still searched, int64 (b,)."""
         self.said = torch.full((self._batch, k, 1), START, device=device)
-        """int64 (B, K, T), START included."""
+        """The words so far, int64 (B, K, T), START included."""
         self.over = torch.zeros(self._batch, dtype=torch.bool, device=device)
-        """Images of which no further step changes what is found, bool (B,)."""
+        """Images whose result no further step can change, bool (B,)."""
 
     @abstractmethod
     def advance(self) -> None:
-        """One step. It looks at no value, and so can be captured as a CUDA graph."""
+        """One step. It does not depend on tensors' values, so CUDA graphs can capture it."""
 
     @abstractmethod
     def decided(self) -> tuple[Tensor, Tensor]:
-        """As for OnStep."""
+        """What an OnStep is called with."""
 
     @abstractmethod
     def found(self) -> Hypotheses:
-        """The best captions so far, which are the best of all where `over`."""
+        """The best captions so far, which are final for the images that are `over`."""
 
     def leave_out(self) -> None:
-        """Go on without the images that are `over`: once these are some, as the others' memory is
-        copied, or where all are."""
+        """Drop the images that are `over` from further steps, if they are all, or enough of the
+        batch (`WORTH_NARROWING`) to be worth a copy of the others' memory."""
         over = self.over[self.left]
         going = len(over) - int(over.sum())
         if going == 0:
@@ -237,7 +237,7 @@ class Progress(ABC):
                 self._state = tuple(part[kept] for part in self._state)
 
     def _of_left(self, values: Tensor) -> Tensor:
-        """Of values (B, ...), those of the images `left`."""
+        """The values (b, ...) of the images `left`, of values (B, ...)."""
         return values if len(self.left) == self._batch else values[self.left]
 
     def _placed(self, values: Tensor, rest: float) -> Tensor:
@@ -284,8 +284,8 @@ class _Beams(Progress):
         self._num_return = num_return
         self._limits = min_length, no_repeat_ngram_size
         self._image = self.left.unsqueeze(1)  # (B, 1)
-        # Log-probabilities of the beams, -inf for none. They all start alike: one takes the first
-        # step for all.
+        # Log-probabilities of the beams; -inf once they end. All beams start alike, so a single one
+        # takes the first step.
         self._beams = beams
         self._state = tuple(part[:, :1] for part in state)
         self._live = torch.zeros((batch, 1), device=self.left.device)
@@ -298,7 +298,7 @@ class _Beams(Progress):
         live = self._of_left(self._live)
         said = self._of_left(self.said)[:, : live.shape[1]]
         logits, state, attention = self._step(said[..., -1], self._state)
-        logits, total = _sayable(logits)
+        logits, total = _mask_special(logits)
         allowed = _allowed(logits, said, *self._limits)
         log_probs, parent, tokens = _best_continuations(live, allowed, total, self._beams)
         self._state = tuple(tensor[self._image[: len(self.left)], parent] for tensor in state)
@@ -313,7 +313,7 @@ class _Beams(Progress):
         self._best = torch.cat([self._best, scores], dim=1).topk(self._num_return).values
         self._live = log_probs.masked_fill(ended, -torch.inf)
         self._trace.append(SearchStep(tokens, parent, attention, log_probs, scores))
-        # Log-probabilities only fall, and the last length divides them by most.
+        # Most that a beam can score: log-probabilities only fall; the last length divides by most.
         bound = self._live / last**self._length_penalty  # (B, K)
         self._can_win = bound > self._best[:, :1]
         self.over = self._best[:, -1] >= bound.amax(dim=1)
@@ -326,12 +326,12 @@ class _Beams(Progress):
 
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""The next words (b, K) from logits (b, K, V), what was said, (b, K, T), and which images these
-are, (b,)."""
+"""Chooses the next words (b, K) from logits (b, K, V), the words so far, (b, K, T), and the images'
+indices in the batch, (b,)."""
 
 
-class _Following(Progress):
-    """K sequences of each image, each on its own."""
+class _Independent(Progress):
+    """Greedy search and sampling: K sequences per image, independent of each other."""
 
     def __init__(self, step: StepFn, state: State, choose: Choose) -> None:
         super().__init__(step, state)
@@ -343,7 +343,7 @@ class _Following(Progress):
     def advance(self) -> None:
         said = self._of_left(self.said)
         logits, self._state, attention = self._step(said[..., -1], self._state)
-        logits, normalizer = _sayable(logits)
+        logits, normalizer = _mask_special(logits)
         tokens = self._choose(logits, said, self.left)
         gained = (logits.gather(-1, tokens.unsqueeze(-1)) - normalizer).squeeze(-1)
         tokens, gained = self._placed(tokens, PAD), self._placed(gained, 0)
@@ -366,11 +366,11 @@ class _Following(Progress):
         return Hypotheses(found, total, (found != PAD).sum(dim=-1), attention)
 
 
-def _sayable(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The decoder's logits in float32, -inf for PAD and START, which are never said; and their
-    logsumexp (..., 1) with these, which turns any of them into a log-probability.
+def _mask_special(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits in float32, with -inf for PAD and START, which are never generated; and their
+    logsumexp (..., 1) before that. A logit minus this is a log-probability.
 
-    Subtracting it from the few that are chosen spares writing log-probabilities of all words.
+    Computing that for the few chosen words only avoids log-probabilities of the whole vocabulary.
     """
     logits = logits.float()
     total = logits.logsumexp(dim=-1, keepdim=True)
@@ -383,7 +383,7 @@ def _best_continuations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each image's beams with log-probabilities `live` (b, k), the `count` best continuations:
     their log-probabilities, the beams they continue and their words, all (b, count)."""
-    # so many of each beam are enough, and sooner looked through than all words
+    # `count` words of each beam suffice, and a top-k among these is faster than among all words
     values, tokens = _largest(logits, min(count, logits.shape[-1]))  # (b, k, count)
     log_probs, tokens = (live.unsqueeze(-1) + (values - total)).flatten(1), tokens.flatten(1)
     missing = count - log_probs.shape[1]
@@ -396,8 +396,8 @@ def _best_continuations(
 
 
 def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What `topk(count)` gives of logits (b, k, V). CPUs take half the time this way: the largest
-    are in those blocks of words whose maxima are the largest, or in what is no whole block."""
+    """`topk(count)` of logits (b, k, V), on CPUs in half the time: the largest are in the `count`
+    blocks of words with the largest maxima, or in the incomplete last block."""
     images, beams, num_words = logits.shape
     blocks = num_words // BLOCK_WORDS
     if blocks <= count or logits.device.type != "cpu":
@@ -412,12 +412,12 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _allowed(logits: Tensor, said: Tensor, min_length: int, no_repeat_ngram_size: int) -> Tensor:
-    """The logits (B, K, V) of the words that may follow what was `said`, int64 (B, K, T) with
-    START; -inf for the others.
+    """The logits (B, K, V) of the words that may follow `said`, the words so far, int64 (B, K, T)
+    with START; -inf for the others.
 
-    A caption may not end before it has `min_length` words, nor may `no_repeat_ngram_size` words in
-    a row be said again (0: they may; Paulus et al., 1705.04304, section 2.5). Where that leaves no
-    word at all, the caption may end after all.
+    A caption may not end before it has `min_length` words, nor repeat an n-gram of
+    `no_repeat_ngram_size` words (0: no limit; Paulus et al., 1705.04304, section 2.5). If that
+    leaves no word at all, it may end nevertheless.
     """
     size, length = no_repeat_ngram_size, said.shape[-1]
     if min_length == 0 and size == 0:
@@ -429,7 +429,7 @@ def _allowed(logits: Tensor, said: Tensor, min_length: int, no_repeat_ngram_size
         ngrams = said.unfold(-1, size, 1)  # (B, K, T - size + 1, size)
         newest = said[..., length - size + 1 :].unsqueeze(-2)  # (B, K, 1, size - 1)
         again = (ngrams[..., :-1] == newest).all(dim=-1)
-        # PAD is never said anyway
+        # PAD is never generated anyway
         allowed.scatter_(-1, ngrams[..., -1].masked_fill(~again, PAD), -torch.inf)
     none_left = allowed.isneginf().all(dim=-1)
     allowed[..., END] = torch.where(none_left, logits[..., END], allowed[..., END])

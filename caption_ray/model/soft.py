@@ -33,7 +33,7 @@ Map: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class _Maps(NamedTuple):
-    """What a step computes with: the maps and functions themselves, or their forms for a pass over
+    """The functions that a step calls: the plain ones, or their variants for a training pass over
     all steps."""
 
     from_hidden: Map
@@ -82,7 +82,7 @@ class SoftAttentionDecoder(RecurrentDecoder):
         if not config.tie_embeddings:
             self.output_weight = nn.Parameter(torch.empty(vocab_size, mixed_dim))
             nn.init.normal_(self.output_weight, std=mixed_dim**-0.5)
-        # Words of unit length: as output weights too, they leave the first logits small.
+        # Vectors of about unit length: as tied output weights, too, they keep first logits small.
         nn.init.normal_(self.embedding.weight, std=word_dim**-0.5)
 
     def prepare(self, regions: Tensor) -> Memory:
@@ -91,7 +91,7 @@ class SoftAttentionDecoder(RecurrentDecoder):
 
     def initial_state(self, memory: Memory, k: int) -> State:
         batch, hidden = len(memory.regions), self.config.hidden_dim
-        # In float32 under autocast too, as the state adds up over a caption.
+        # In float32 under autocast, too: rounding errors add up over a caption.
         if self.config.initial_state == "mean":
             start = self.from_mean(memory.regions.mean(dim=1)).tanh().float()
         else:
@@ -139,7 +139,7 @@ class SoftAttentionDecoder(RecurrentDecoder):
         attended: Attended,
         maps: _Maps,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """What `_advance` gives at each step: hidden states, contexts and attentions."""
+        """Results of `_advance` at each step: hidden states, contexts and attention weights."""
         hiddens, contexts, attentions = [], [], []
         for word in words:
             state = narrowed(state, *word.shape[:2])
@@ -165,8 +165,8 @@ class SoftAttentionDecoder(RecurrentDecoder):
         return state, context, attention
 
     def _mixed(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """What logits are read from, of the words before (..., D), states (..., H) and contexts
-        (..., E)."""
+        """The output layer's input, from the previous words (..., D), hidden states (..., H) and
+        contexts (..., E)."""
         if self.config.output == "deep":  # equation 7
             mixed: Tensor = words + self.mix(torch.cat([hidden, context], dim=-1))
         else:
@@ -174,7 +174,7 @@ class SoftAttentionDecoder(RecurrentDecoder):
         return mixed
 
     def logits(self, mixed: Tensor) -> Tensor:
-        """Logits (..., V) of what `_mixed` gives."""
+        """Logits (..., V) from the results of `_mixed`."""
         weight = self.embedding.weight if self.output_weight is None else self.output_weight
         return F.linear(self.dropout(mixed), weight, self.output_bias)
 
@@ -193,7 +193,7 @@ def _lstm(word: Tensor, context: Tensor, recurrent: Tensor, state: State) -> Sta
 
 
 def _gru(word: Tensor, context: Tensor, recurrent: Tensor, state: State) -> State:
-    """A step of a GRU (Cho et al. 2014, reset after the matrix); gates: reset, update, new."""
+    """A step of a GRU (Cho et al. 2014, reset after the product); gates: reset, update, new."""
     (hidden,) = state
     entering = word + context
     dims = [2 * hidden.shape[-1]]

@@ -14,13 +14,13 @@ from caption_ray.model.decoder import PAD, Decoder, DecoderOutput, Memory, State
 from caption_ray.model.recurrence import placed
 
 MAX_POSITIONS = 128
-"""Longest caption, in tokens, that has learnt positions."""
+"""Longest caption, in tokens: positions are learnt for no more."""
 
 
 class TransformerDecoder(Decoder):
     """A pre-norm transformer decoder (Vaswani et al., 1706.03762; norms as in 2002.04745).
 
-    The state of a search is each layer's keys and values so far; the pictures' are computed once.
+    The state is each layer's keys and values of the words so far; the regions' are computed once.
     """
 
     def __init__(self, config: DecoderConfig, region_dim: int, vocab_size: int) -> None:
@@ -69,7 +69,7 @@ class TransformerDecoder(Decoder):
         return DecoderOutput(logits, placed(attention[real], mask), mask)
 
     def _run(self, tokens: Tensor, state: State, memory: Memory) -> tuple[Tensor, State, Tensor]:
-        """Hidden (B, K, T, D), state and the last layer's attention (B, K, T, N) of new tokens
+        """Hidden (B, K, T, D), state and the last layer's attention (B, K, T, N) for new tokens
         (B, K, T), which follow those of the state."""
         past, count = state[0].shape[2], tokens.shape[2]
         if past + count > MAX_POSITIONS:
@@ -115,8 +115,8 @@ class _Layer(nn.Module):
     def forward(
         self, hidden: Tensor, keys: Tensor, values: Tensor, region_kv: Tensor, with_weights: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Hidden (B, K, T, D), keys and values (B, K, past + T, D), and the weights (B, K, T, N) of
-        the regions (or nothing of meaning).
+        """Hidden (B, K, T, D), keys and values (B, K, past + T, D), and attention (B, K, T, N) over
+        the regions (without `with_weights` a placeholder).
 
         hidden (B, K, T, D), keys and values of the past (B, K, past, D), region_kv (B, N, 2 D).
         """
@@ -132,7 +132,7 @@ class _Layer(nn.Module):
         )  # fmt: skip
         hidden = hidden + self.dropout(self.from_words(self._join(found)))
 
-        # the image's sequences ask together, of regions that they share
+        # all sequences of an image attend in one call, as they share its regions
         query = self.to_query(self.norm_regions(hidden)).view(batch, 1, k * count, -1)
         key, value = (part.unsqueeze(1) for part in region_kv.chunk(2, dim=-1))  # (B, 1, N, D)
         query, key, value = (self._split(part).squeeze(1) for part in (query, key, value))

@@ -340,7 +340,7 @@ def test_a_uri_is_told_from_a_name(weights: str, is_uri: bool) -> None:
     [
         ({"name": "resnet51"}, r"encoder.name is 'resnet51'.*did you mean.*resnet50"),
         ({"name": "smal"}, r"encoder.name is 'smal'.*did you mean.*small"),
-        ({"name": "???"}, r"encoder.name is '\?\?\?'.*resnet50 for one"),
+        ({"name": "???"}, r"encoder.name is '\?\?\?'.*such as resnet50"),
         ({"weights": "IMAGENET1K_V9"}, r"encoder.weights is 'IMAGENET1K_V9'.*IMAGENET1K_V1"),
         ({"name": "small", "weights": "DEFAULT"}, r"encoder.weights is 'DEFAULT'.*small.*none"),
         ({"weights": "a/b.pth"}, r"encoder.weights is 'a/b.pth'.*local file"),

@@ -180,7 +180,7 @@ def test_a_backward_pass_after_another_forward_pass_is_an_error() -> None:
     regions = torch.rand(4, REGIONS, REGION_DIM, device="cuda")
     output = graphed(regions, random_tokens(4, 2, 9, "cuda"))
     graphed(regions, random_tokens(4, 2, 5, "cuda"))
-    with pytest.raises(RuntimeError, match="take them in turn"):
+    with pytest.raises(RuntimeError, match="alternate the two"):
         output.logits.sum().backward()
 
 
