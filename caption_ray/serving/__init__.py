@@ -1,1 +1,1 @@
-"""Serving: image bytes to captions, and the Ray Serve application around it."""
+"""The endpoint: an HTTP API from image bytes to captions, as an application on Ray Serve."""

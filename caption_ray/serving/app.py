@@ -2,7 +2,7 @@
 
     client -> Ingress (CPU: HTTP, limits, decoding) -> Captioner (one device: batches)
 
-Both scale on their own. Nothing happens at import; `build_app` builds.
+Each scales independently. Importing this has no side effects: `build_app` builds the application.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ CHECKPOINT_VARIABLE = "CAPTION_RAY_CHECKPOINT"
 TOKENS_FILE_VARIABLE = "CAPTION_RAY_TOKENS_FILE"
 
 MAX_QUEUE = 1024
-"""Most pictures that wait for a captioner: 200 MB at 256 x 256. `max_queue_s` is reached before."""
+"""Most pictures waiting for a captioner: 200 MB at 256 x 256. `max_queue_s` is the usual limit."""
 
 INGRESS_REQUESTS = 1024
-"""Requests in flight in one ingress before Ray queues them in its proxy. It is far above what the
-ingress admits, so that it is the ingress that refuses, in JSON and with a computed Retry-After."""
+"""In-flight requests of one ingress before Ray queues them in its proxy. Far above what the ingress
+admits, so that it is the ingress that refuses, in JSON and with a computed Retry-After."""
 
 
 class Arguments(Strict):
-    """What `args` in serve_config.yaml, or `key=value` after `serve run`, may say."""
+    """The `args` in serve_config.yaml, or `key=value` after `serve run`."""
 
     checkpoint: str = Field(
         default_factory=lambda: os.environ.get(CHECKPOINT_VARIABLE, "best"),
@@ -124,8 +124,8 @@ class Arguments(Strict):
 class StartError(CheckpointError, RayServeException):
     """There is nothing to serve.
 
-    A RayServeException, because Ray then reports its message as it is; any other error of
-    `build_app` it repeats three times and reports with two tracebacks.
+    A RayServeException, because Ray then reports just its message; after any other error it calls
+    `build_app` three more times and reports two tracebacks.
     """
 
 
@@ -133,7 +133,7 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
     """The application that serves one verified checkpoint; `args` are those of `Arguments`.
 
     Raises StartError, a CheckpointError, if there is none, or it is unreadable, of another model,
-    or cannot caption: the application then never starts, and one that runs already goes on. Raises
+    or cannot caption: the application then never starts, and one already running continues. Raises
     the same for arguments that are unknown or out of bounds, and for tokens that cannot be read.
     """
     try:
@@ -162,8 +162,8 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
 
     captioner = serve.deployment(
         name=DEPLOYMENT,
-        # Ray would queue what is beyond in the ingresses and ask again after growing pauses; here
-        # it is in the next batch.
+        # Ray queues the excess in the ingresses and retries with backoff; queued here, it is in the
+        # next batch.
         max_ongoing_requests=MAX_QUEUE + 2 * args.max_batch_size,
         ray_actor_options={
             "num_cpus": 1,

@@ -1,4 +1,4 @@
-"""Bearer tokens: who may ask for captions."""
+"""Bearer tokens: which clients may ask for captions. http.py checks them on every request."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TOKENS_VARIABLE = "CAPTION_RAY_TOKENS"
 """Environment variable with the accepted tokens, separated by commas."""
 
 REREAD_S = 1.0
-"""A changed file counts after so many seconds at most."""
+"""Seconds until a change of the file takes effect, at most."""
 
 MIN_LENGTH = 16
-"""Shorter tokens could be guessed."""
+"""Characters of a token, at least; shorter ones could be guessed."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,12 +23,12 @@ logger = logging.getLogger("ray.serve")
 class Tokens:
     """The accepted tokens: those of $CAPTION_RAY_TOKENS and those of a file, one per line.
 
-    There may be several, so that a new one can be given out before the old one is withdrawn. The
-    file is read again when it changes; if it cannot be, the tokens before stay.
+    Several, so that a new token can be handed out before the old one is withdrawn. The file is read
+    again when it changes; if that fails, its previous tokens stay valid.
     """
 
     def __init__(self, file: str | None) -> None:
-        """Raises ValueError if the file cannot be read or holds none, or a token is too short."""
+        """Raises ValueError if the file cannot be read or has no token, or a token is too short."""
         self._fixed = _check(os.environ.get(TOKENS_VARIABLE, "").split(","), f"${TOKENS_VARIABLE}")
         self._file = Path(file).expanduser() if file else None
         self._from_file: list[bytes] = []
@@ -45,13 +45,13 @@ class Tokens:
 
     @property
     def required(self) -> bool:
-        """Whether there are any; without, everybody may ask."""
+        """Whether tokens are configured; if not, every request is accepted."""
         return bool(self._fixed) or self._file is not None
 
     def accept(self, authorization: str | None) -> bool:
         """Whether the value of an `Authorization` header holds one of the tokens.
 
-        How long this takes tells nothing about them.
+        The time it takes reveals nothing about them.
         """
         self._refresh()
         scheme, _, token = (authorization or "").partition(" ")
@@ -66,7 +66,7 @@ class Tokens:
         try:
             self._read(self._file)
         except (OSError, ValueError) as error:
-            logger.error(f"The tokens before are still accepted: {self._file}: {error}")
+            logger.error(f"The previous tokens stay valid: {self._file}: {error}")
 
     def _read(self, file: Path) -> None:
         status = file.stat()

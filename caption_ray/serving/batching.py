@@ -1,6 +1,6 @@
-"""Batches: requests that wait for one device are run together, without waiting for each other.
+"""Batches: requests that queue for one device run together, but never wait for each other.
 
-Plain asyncio around one thread for each lane, which are the only ones that use the device.
+replica.py uses it. Plain asyncio; only the lanes' threads, one per lane, may use the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 GATHERING = 0.15
-"""Share of a batch's time for which one lane gathers items while another one runs."""
+"""While another lane is running, a lane collects items for this share of a batch's duration."""
 
 RATE_SMOOTHING = 0.3
 """Weight of the newest batch in the estimate of items per second."""
@@ -45,11 +45,11 @@ class _Entry(Generic[Key, Item, Result]):
 
 
 class Batcher(Generic[Key, Item, Result]):
-    """Runs items of equal key together, the longest waiting first.
+    """Runs items of equal key together, those that have waited longest first.
 
-    A batch is whatever has come in while the device was busy, so nothing waits for company on an
-    idle device unless `wait_s` says so. An item whose caller has gone is left out. If a batch
-    fails, its items are run one by one, so that only what caused the failure fails.
+    A batch is whatever has arrived while the device was busy: on an idle device an item waits for
+    others only if `wait_s` says so. An item whose caller has gone is dropped. If a batch fails, its
+    items are run one by one, so that only the one that caused it fails.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Batcher(Generic[Key, Item, Result]):
         max_queue: int,
         num_lanes: int = 1,
     ) -> None:
-        """`run` is called on a lane's thread and returns a result for each item. There are
-        `num_lanes` of them, so many batches run at a time.
+        """`run` is called on a lane's thread and returns a result for each item. `num_lanes` is how
+        many batches run at a time.
 
         `wait_s` is how long the first item of a batch may wait for others on an idle device. An
         item is refused if, at the rate of the last batches, it would wait more than `max_queue_s`
@@ -76,23 +76,23 @@ class Batcher(Generic[Key, Item, Result]):
         self._max_queue = max_queue
         self._waiting: deque[_Entry[Key, Item, Result]] = deque()
         self._arrival = asyncio.Event()
-        # always the same threads: torch keeps a pool of its own for each
+        # long-lived threads, as torch keeps a thread pool for each thread that calls it
         self._threads = [ThreadPoolExecutor(1) for _ in range(num_lanes)]
         self._dispatcher: asyncio.Task[None] | None = None
         self._batches: set[asyncio.Task[None]] = set()
         self._running: dict[int, float] = {}  # lane -> when its batch began
         self._lane_free = asyncio.Event()
         self._rate: float | None = None  # items per second and lane
-        self._last_s = 0.0  # what the last batch took
+        self._last_s = 0.0  # duration of the last batch
 
     @property
     def busy_s(self) -> float:
-        """Seconds for which the oldest batch that runs now has been running; 0 if none does."""
+        """Seconds for which the oldest running batch has been running; 0 if none is."""
         return time.monotonic() - min(self._running.values()) if self._running else 0.0
 
     @property
     def num_running(self) -> int:
-        """Batches that run now."""
+        """Number of batches running now."""
         return len(self._running)
 
     @property
@@ -117,7 +117,7 @@ class Batcher(Generic[Key, Item, Result]):
     def _check_room(self) -> None:
         wait = len(self._waiting) / (self._rate * len(self._threads)) if self._rate else 0.0
         if len(self._waiting) >= self._max_queue or wait > self._max_queue_s:
-            # when about half of those before it are done
+            # by then about half of those waiting are done
             raise QueueFullError(max(1, min(60, math.ceil(wait / 2))))
 
     async def _dispatch(self) -> None:
@@ -126,8 +126,7 @@ class Batcher(Generic[Key, Item, Result]):
                 self._lane_free.clear()
                 await self._lane_free.wait()
             batch = await self._next_batch()
-            # the first that is free, so that at little load it is always the same, whose threads
-            # are warm
+            # the first free lane: at low load always the same one, whose threads are warm
             lane = next(n for n in range(len(self._threads)) if n not in self._running)
             self._running[lane] = time.monotonic()
             task = asyncio.get_running_loop().create_task(self._run_on(lane, batch))
@@ -141,7 +140,7 @@ class Batcher(Generic[Key, Item, Result]):
         finally:
             self._last_s = time.monotonic() - self._running.pop(lane)
             self._lane_free.set()
-            self._arrival.set()  # whoever gathers looks again: the device may be idle now
+            self._arrival.set()  # wakes a lane that is collecting: the device may be idle now
         rate = len(batch) / self._last_s
         before = rate if self._rate is None else self._rate
         self._rate = RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * before
@@ -175,7 +174,7 @@ class Batcher(Generic[Key, Item, Result]):
     def _run_batch(
         self, batch: list[_Entry[Key, Item, Result]], loop: asyncio.AbstractEventLoop
     ) -> None:
-        """On the thread."""
+        """Runs on the lane's thread."""
         try:
             results = self._run(batch[0].key, [entry.item for entry in batch])
             if len(results) != len(batch):

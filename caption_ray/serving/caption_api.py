@@ -1,7 +1,7 @@
 """`POST /caption`: for Hugging Face's clients, for curl, for forms and for the page.
 
-The body is a picture, JSON with pictures in base64, or a form with pictures; parameters stand in
-the query string, in the JSON or in the form.
+The body is a picture, JSON with pictures in base64, or a form with pictures; parameters come in the
+query string, in the JSON or in the form. http.py adds the route.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MAX_SEED = 2**63 - 1
 
 
 class Generation(Strict):
-    """How captions are generated; what is left out is as the checkpoint says."""
+    """How captions are generated; the checkpoint's settings are the defaults."""
 
     num_return_sequences: int = Field(default=1, ge=1, le=MAX_RETURN)
     """Captions of each picture, the best first."""
 
     num_beams: int | None = Field(default=None, ge=1, le=MAX_BEAMS)
-    """Beams; 1 is greedy. At least `num_return_sequences`, unless words are drawn."""
+    """Beams; 1 is greedy. At least `num_return_sequences`, unless sampling."""
 
     max_new_tokens: int | None = Field(default=None, ge=1, le=MAX_LENGTH)
     """Most words in a caption."""
@@ -44,25 +44,25 @@ class Generation(Strict):
     """Fewest words before a caption may end."""
 
     no_repeat_ngram_size: int | None = Field(default=None, ge=0, le=MAX_LENGTH)
-    """No so many words in a row are said twice in a caption; 0: they may be."""
+    """A caption never repeats an n-gram of this many words; 0: no limit."""
 
     length_penalty: float | None = Field(default=None, ge=0, le=5)
     """Captions are ranked by log-probability / length ** length_penalty."""
 
     do_sample: bool | None = None
-    """Whether words are drawn at random; true if any of the next three is given."""
+    """Whether words are sampled at random; true if any of the next three is given."""
 
     temperature: float | None = Field(default=None, ge=SMALLEST, le=10)
-    """Words are drawn from softmax(logits / temperature); default 1."""
+    """Words are sampled from softmax(logits / temperature); default 1."""
 
     top_k: int | None = Field(default=None, ge=1)
-    """Draw among so many of the likeliest words only."""
+    """Sample among this many of the likeliest words only."""
 
     top_p: float | None = Field(default=None, ge=SMALLEST, le=1)
-    """Draw among the fewest words that together have this probability."""
+    """Sample among the fewest words that together have this probability."""
 
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    """The same seed draws the same captions."""
+    """The same seed samples the same captions."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
@@ -79,11 +79,11 @@ class Generation(Strict):
         most = self.max_new_tokens
         if most is not None and (self.min_new_tokens or 0) > most:
             raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}, max_new_tokens {most}: no caption has "
-                "more words than the most"
+                f"min_new_tokens is {self.min_new_tokens}, max_new_tokens {most}: the minimum is "
+                "above the maximum"
             )
         if self.samples and (self.num_beams or 1) > 1:
-            raise ValueError(f"num_beams is {self.num_beams}: words are either drawn or searched")
+            raise ValueError(f"num_beams is {self.num_beams}: either sample or use beams")
         return self
 
     @property
@@ -93,17 +93,17 @@ class Generation(Strict):
 
 
 class Parameters(Generation):
-    """Of `POST /caption`, in the query string or in a form."""
+    """Parameters of `POST /caption`, in the query string or in a form."""
 
     return_attention: bool = False
-    """Whether each caption comes with where its words looked."""
+    """Whether each caption comes with its words' attention."""
 
     stream: bool = False
-    """Whether words come as they become certain, as server-sent events: `words` with
-    `{"words": [...]}`, at last `captions` with what would have been the answer, or `error`."""
+    """Whether words are sent as soon as they are certain, as server-sent events: `words` with
+    `{"words": [...]}`, finally `captions` with what the answer would have been, or `error`."""
 
     format: Literal["list", "object"] = "list"
-    """`object`: the best caption alone, not in a list, as JavaScript clients want it."""
+    """`object`: only the best caption, not in a list, as JavaScript clients expect."""
 
     def options(self) -> Options:
         temperature = (self.temperature or 1.0) if self.samples else None
@@ -123,13 +123,13 @@ class Parameters(Generation):
 
 
 class JsonParameters(Parameters):
-    """Of `POST /caption`, in JSON."""
+    """Parameters of `POST /caption`, in JSON."""
 
     generation_parameters: Generation | None = None
-    """Those of the generation may also stand here, as huggingface_hub puts them."""
+    """The generation's parameters may also be here, where huggingface_hub puts them."""
 
     generate_kwargs: Generation | None = None
-    """Another name of the same."""
+    """Another name for the same."""
 
 
 class CaptionRequest(Strict):
@@ -156,7 +156,7 @@ class CaptionRequest(Strict):
 
 
 class Attention(BaseModel):
-    """Where the words of a caption looked."""
+    """Where the model looked for each word of a caption."""
 
     rows: int
     columns: int
@@ -165,28 +165,28 @@ class Attention(BaseModel):
         "bottom as fractions of its width and height."
     )
     weights: list[list[float]] = Field(
-        description="For each word the shares of the grid's cells, row by row; they sum to one."
+        description="For each word the weights of the grid's cells, row by row; they sum to one."
     )
 
 
 class GeneratedCaption(BaseModel):
     generated_text: str
     log_prob: float = Field(description="Natural logarithm of the caption's probability.")
-    words: list[str] | None = Field(default=None, description="If attention is asked for.")
+    words: list[str] | None = Field(default=None, description="If attention was requested.")
     attention: Attention | None = None
 
 
 class Asked(NamedTuple):
-    """What a request asks for."""
+    """What a request asks for, from its body and its query string."""
 
     pictures: list[bytes]
     is_list: bool
-    """Whether the answer is a list for each picture."""
+    """Whether the answer is a list with an element per picture."""
     parameters: Parameters
 
 
 def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
-    """Add the route; returns the models whose schemas it refers to."""
+    """Add the route to the app; returns the models whose schemas it refers to."""
     ref = "#/components/schemas/CaptionRequest"
     form = {
         "type": "object",
@@ -223,7 +223,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
     async def caption(request: Request, query: Annotated[Parameters, Query()]) -> Response:
         """Captions of pictures: the body is a picture's bytes, JSON with base64, or a form.
 
-        The header X-Checkpoint names what captioned, X-Batch-Size how many pictures were captioned
+        The header X-Checkpoint names the checkpoint, X-Batch-Size how many pictures were captioned
         together.
         """
         async with service.body(request) as data:
@@ -231,7 +231,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
             options = asked.parameters.options()
             if asked.parameters.stream:
                 parts = service.stream(asked.pictures[0], options)
-                _, parts = await first_of(parts)  # until here an error is a status
+                _, parts = await first_of(parts)  # up to here errors become HTTP statuses
                 return sse.response(_events(parts, asked), request, _refused)
             names = (
                 [f"inputs.{number}" for number in range(len(asked.pictures))]
@@ -245,7 +245,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
             try:
                 answers = await asyncio.gather(*tasks)
             finally:
-                for task in tasks:  # one is refused, or the client has gone: none need go on
+                for task in tasks:  # if one is refused, or the client has gone, stop them all
                     task.cancel()
         headers = {
             "X-Checkpoint": ",".join(map(storage.name, answers[0].checkpoint.split(","))),
@@ -299,11 +299,11 @@ def _refused(refusal: Refusal) -> str:
 
 
 async def _read(data: bytes, headers: Headers, query: Parameters) -> Asked:
-    """What the body and the query ask for. Raises Refusal."""
+    """Parses the body and merges the query's parameters. Raises Refusal."""
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "multipart/form-data":
         asked = await _read_form(data, headers, query)
-    elif kind == "application/json" or data[:1] == b"{":  # no picture begins like that
+    elif kind == "application/json" or data[:1] == b"{":  # no picture begins with this
         asked = await asyncio.to_thread(_read_json, data, query)
     else:
         asked = Asked([data], False, query)
@@ -328,19 +328,19 @@ async def _read_form(data: bytes, headers: Headers, query: Parameters) -> Asked:
         yield data
 
     parser = MultiPartParser(headers, stream(), max_files=MAX_PICTURES, max_fields=1)
-    parser.spool_max_size = len(data)  # stays in memory: nothing that is uploaded is stored
+    parser.spool_max_size = len(data)  # keeps it in memory: uploads are never stored
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise Refusal(400, "validation", f"the form cannot be read: {error}") from error
     unknown = sorted(set(form) - {"image", "parameters"})
     if unknown:
-        # repr: the form's charset may lead to characters that cannot be written
-        message = f"{unknown[0]!r} is no field of the form: valid are image and parameters"
+        # repr, as the form's charset may give characters that cannot be encoded
+        message = f"{unknown[0]!r} is not a field of the form: valid are image and parameters"
         raise Refusal(400, "validation", message, field=unknown[0])
     files = [file for file in form.getlist("image") if isinstance(file, UploadFile)]
     if not files or len(files) != len(form.getlist("image")):
-        message = "image is missing, or no file: send pictures as files named image"
+        message = "image is missing, or not a file: send pictures as files named image"
         raise Refusal(400, "validation", message, field="image")
     text = form.get("parameters")
     own = read_json(JsonParameters, str(text), "parameters") if text is not None else None
@@ -349,7 +349,7 @@ async def _read_form(data: bytes, headers: Headers, query: Parameters) -> Asked:
 
 
 def _merge(own: JsonParameters | None, query: Parameters) -> Parameters:
-    """Parameters of the body, those nested in it, and those of the query string."""
+    """The parameters of the body, those nested in it and the query's, as one. Raises Refusal."""
     if own is None:
         return query
     sources: list[BaseModel] = [query, own]
@@ -360,7 +360,7 @@ def _merge(own: JsonParameters | None, query: Parameters) -> Parameters:
         given = source.model_dump(exclude_unset=True, exclude_none=True, exclude=nested)
         for name, value in given.items():
             if merged.get(name, value) != value:
-                message = f"{name} is both {merged[name]!r} and {value!r}: say it once"
+                message = f"{name} is both {merged[name]!r} and {value!r}: give it once"
                 raise Refusal(400, "validation", message, field=name)
             merged[name] = value
     try:
@@ -370,11 +370,12 @@ def _merge(own: JsonParameters | None, query: Parameters) -> Parameters:
 
 
 def decode_base64(text: str, field: str) -> bytes:
-    """Raises Refusal, which names the field."""
+    """The bytes that base64 `text` encodes. Raises Refusal, which names the field."""
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Refusal(400, "validation", f"{field} is no base64: {error}", field=field) from error
+        message = f"{field} is not base64: {error}"
+        raise Refusal(400, "validation", message, field=field) from error
     if not data:
         message = f"{field} is '': give the bytes of a picture in base64"
         raise Refusal(400, "validation", message, field=field)

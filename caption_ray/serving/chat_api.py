@@ -1,5 +1,5 @@
-"""`/v1`: for OpenAI's clients. A captioner takes no instructions, so of the messages only the
-picture counts."""
+"""`/v1`: the API for OpenAI's clients; http.py adds its routes. A captioner takes no instructions,
+so it uses only the picture in the messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from caption_ray.serving.fetch import FetchError, fetch
 from caption_ray.serving.service import Service, first_of
 
 MAX_MESSAGES = 1000
-"""Most messages, and most parts of one: pydantic tells what is wrong with each."""
+"""Most messages, and most parts of one: pydantic would report the problems of each."""
 
 
 class Message(BaseModel):
@@ -54,7 +54,7 @@ class ResponseFormat(Strict):
 
 
 class ChatRequest(Strict):
-    """What of OpenAI's request a captioner can do; anything else is refused by name."""
+    """The part of OpenAI's request that a captioner supports; other fields are refused by name."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -82,10 +82,10 @@ class ChatRequest(Strict):
     """As `GET /v1/models` names it."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    """The last one of the user holds the picture."""
+    """The user's last message holds the picture."""
 
     stream: bool = False
-    """Whether words come as they become certain."""
+    """Whether words are sent as soon as they are certain."""
 
     stream_options: StreamOptions | None = None
 
@@ -93,26 +93,26 @@ class ChatRequest(Strict):
     """Captions, the best first."""
 
     max_tokens: int | None = Field(default=None, ge=1)
-    """Most words; there are never more than the limit that `GET /info` states."""
+    """Most words in a caption; never more than the limit that `GET /info` states."""
 
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    """Another name of the same."""
+    """Another name for the same."""
 
     temperature: float | None = Field(default=None, ge=0, le=2)
-    """Above 0 words are drawn; else the best caption is searched for."""
+    """Above 0, words are sampled; at 0, the best caption is searched for."""
 
     top_p: float | None = Field(default=None, ge=SMALLEST, le=1)
-    """Draw among the fewest words that together have this probability."""
+    """Sample among the fewest words that together have this probability."""
 
     seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
-    """The same seed draws the same captions."""
+    """The same seed samples the same captions."""
 
-    # Accepted where they ask for nothing.
+    # Accepted with values that change nothing.
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None
     response_format: ResponseFormat | None = None
-    # Of OpenAI's own bookkeeping.
+    # For OpenAI's own bookkeeping; ignored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -147,7 +147,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens: regions of the picture, words of the captions."""
+    """Tokens: the picture's regions as the prompt, the captions' words as the completion."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -176,7 +176,7 @@ class Models(BaseModel):
 
 
 def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
-    """Add the routes; returns the models whose schemas they refer to."""
+    """Add the routes to the app; returns the models whose schemas they refer to."""
     name = service.settings.model_name
     model = Model(id=name, created=int(time.time()))
     body = {"$ref": "#/components/schemas/ChatRequest"}
@@ -220,9 +220,10 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
             chat_id = f"chatcmpl-{uuid.uuid4().hex}"
             if asked.stream:
                 if asked.options().num_return > 1:
-                    raise Refusal(400, "validation", f"n is {asked.n}: stream 1", field="n")
+                    message = f"n is {asked.n}: only one caption can be streamed"
+                    raise Refusal(400, "validation", message, field="n")
                 parts = service.stream(picture, asked.options())
-                _, parts = await first_of(parts)  # until here an error is a status
+                _, parts = await first_of(parts)  # up to here errors become HTTP statuses
                 return sse.response(_events(parts, asked, chat_id), request, _refused)
             answer = await service.caption(picture, asked.options())
         choices = [
@@ -287,7 +288,7 @@ def _picture(asked: ChatRequest, service: Service) -> bytes:
     if url.startswith("data:"):
         head, comma, text = url.partition(",")
         if not comma or not head.endswith(";base64"):
-            message = f"{field} is no data:image/...;base64,... URI"
+            message = f"{field} is not a data:image/...;base64,... URI"
             raise Refusal(400, "validation", message, field=field)
         return decode_base64(text, field)
     return _fetch(url, field, service)
@@ -308,7 +309,7 @@ def _fetch(url: str, field: str, service: Service) -> bytes:
 async def _events(
     parts: AsyncIterator[list[str] | Answer], asked: ChatRequest, chat_id: str
 ) -> AsyncIterator[str]:
-    """The chunks that OpenAI's clients read."""
+    """The answer's chunks, as server-sent events in OpenAI's format."""
     created = int(time.time())
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
 

@@ -1,4 +1,5 @@
-"""What the HTTP application asks of what stands behind it; it knows nothing else of Ray."""
+"""The interface between the HTTP application and the captioners behind it. It imports no Ray, so
+that the HTTP application runs, and is tested, without."""
 
 from __future__ import annotations
 
@@ -16,24 +17,24 @@ MAX_LENGTH = 50
 """Most beams, captions and words that a request may ask for."""
 
 Status = Literal["ready", "asleep", "starting"]
-"""Of the captioners: `asleep` is scaled to zero; the next picture wakes one."""
+"""State of the captioners. `asleep`: scaled to zero, the next picture starts one."""
 
 
 class UnavailableError(Exception):
-    """No captioner can be reached, or it died; another attempt may succeed."""
+    """No captioner can be reached, or the one asked died; a retry may succeed."""
 
 
 @dataclass(frozen=True)
 class Options(SearchOverrides):
-    """How one request wants its captions."""
+    """A request's settings for the search: None is as in the checkpoint."""
 
     num_return: int = 1
     seed: int = 0
     attention: bool = False
-    """Whether the captions should come with their attention."""
+    """Whether to return the captions' attention."""
 
     def search(self, default: SearchConfig) -> SearchConfig:
-        """The checkpoint's search, changed as asked for; wide enough for `num_return`."""
+        """The checkpoint's search, changed as requested, with beams enough for `num_return`."""
         search = self.apply(default)
         return dataclasses.replace(search, beam_size=max(search.beam_size, self.num_return))
 
@@ -44,30 +45,30 @@ class Answer:
 
     captions: list[Caption]
     checkpoint: str
-    """URI of the checkpoint that they come from."""
+    """URI of the checkpoint that generated them."""
     batch_size: int
-    """Pictures that were captioned together with it, itself included."""
+    """Number of pictures in its batch, itself included."""
     box: tuple[float, float, float, float]
-    """What the captioner saw of the upright picture: left, top, right and bottom as fractions."""
+    """The part of the upright picture that the model saw: left, top, right, bottom as fractions."""
     regions: int
-    """Regions that the picture was encoded to."""
+    """Number of regions that the picture was encoded to."""
 
 
 class Backend(Protocol):
     """Captions pictures.
 
-    Both `caption` and `stream` raise transforms.ImageError for what is no picture,
+    Both `caption` and `stream` raise transforms.ImageError for bytes that are not a picture,
     batching.QueueFullError, UnavailableError, or asyncio.TimeoutError.
     """
 
     async def caption(self, picture: bytes, options: Options) -> Answer: ...
 
     def stream(self, picture: bytes, options: Options) -> AsyncIterator[list[str] | Answer]:
-        """Words as they become certain, then the answer."""
+        """Yields words as soon as they are certain, then the answer."""
         ...
 
     async def status(self) -> Status: ...
 
     async def info(self) -> dict[str, Any]:
-        """Of the model and its checkpoint."""
+        """Facts about the model and its checkpoint."""
         ...

@@ -1,4 +1,4 @@
-"""Every answer that is no caption: a status, a kind and a message, in each API's own form."""
+"""Error answers: a status, a kind and a message for the client, in each API's own form."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.responses import JSONResponse
 
 Family = Literal["caption", "chat"]
-"""Whose clients read the answer: Hugging Face's (and everybody else), or OpenAI's (`/v1`)."""
+"""The API whose clients read the answer: Hugging Face's (and all others), or OpenAI's (`/v1`)."""
 
 MAX_FIELDS = 100
-"""Most fields of an object in a request; no model has as many."""
+"""Most fields of an object in a request; no model has that many."""
 
 Read = TypeVar("Read", bound=BaseModel)
 
@@ -19,7 +19,7 @@ CHAT_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Refusal(Exception):
-    """An answer other than a caption."""
+    """An error answer, raised anywhere while a request is handled."""
 
     def __init__(
         self,
@@ -34,13 +34,13 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.error_type, self.message = status, error_type, message
         self.field = field
-        """What in the request is wrong."""
+        """Name of the field of the request that is wrong."""
         self.headers = dict(headers or {})
         if retry_after is not None:
             self.headers["Retry-After"] = str(retry_after)
 
     def content(self, family: Family) -> dict[str, Any]:
-        """The body: huggingface_hub wants `error` to be a string, openai an object."""
+        """The body: huggingface_hub expects `error` to be a string, openai an object."""
         if family == "caption":
             return {"error": self.message, "error_type": self.error_type}
         fallback = "invalid_request_error" if self.status < 500 else "server_error"
@@ -55,15 +55,15 @@ class Refusal(Exception):
     def response(self, family: Family) -> JSONResponse:
         headers = dict(self.headers)
         if family == "chat" and self.status < 500 and self.status not in (408, 429):
-            headers["x-should-retry"] = "false"  # nothing would change
+            headers["x-should-retry"] = "false"  # it would fail again
         return JSONResponse(self.content(family), self.status, headers)
 
 
 class Error(BaseModel):
-    """An error, as Hugging Face's clients read it."""
+    """An error in the form that Hugging Face's clients expect."""
 
-    error: str = Field(description="What is wrong and what to do, for a person.")
-    error_type: str = Field(description="Its kind, for a program.")
+    error: str = Field(description="What is wrong and what to do, for people.")
+    error_type: str = Field(description="Its kind, for programs.")
 
 
 class ChatErrorDetails(BaseModel):
@@ -74,48 +74,48 @@ class ChatErrorDetails(BaseModel):
 
 
 class ChatError(BaseModel):
-    """An error, as OpenAI's clients read it."""
+    """An error in the form that OpenAI's clients expect."""
 
     error: ChatErrorDetails
 
 
 KINDS = {
-    400: "The request does not make sense; the message names the field, its value and the bound.",
+    400: "The request is invalid; the message names the field, its value and the bound.",
     401: "No valid token in `Authorization: Bearer`.",
     404: "There is no such model.",
-    408: "The body came too slowly.",
+    408: "The body arrived too slowly.",
     413: "The body is too large.",
     415: "Not a picture in an accepted format.",
     422: "A picture that is damaged or has too many pixels.",
-    429: "Too much to do; try again after `Retry-After` seconds.",
-    500: "Unforeseen; the log has the stack under the request id.",
+    429: "Overloaded; try again after `Retry-After` seconds.",
+    500: "An unexpected error; the log has its stack trace under the request id.",
     503: "No captioner can be reached; try again.",
     504: "The captioner took too long.",
 }
 
 
 def documented(family: Family, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What FastAPI writes into openapi.json about these."""
+    """FastAPI's `responses` for these statuses, which openapi.json documents."""
     model = Error if family == "caption" else ChatError
     return {status: {"model": model, "description": KINDS[status]} for status in statuses}
 
 
 class Strict(BaseModel):
-    """A model that refuses fields it does not have."""
+    """A model that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, value: Any) -> Any:
-        # pydantic collects all problems: those of a million unknown fields would take gigabytes
+        # pydantic collects all problems: for a million unknown fields they would take gigabytes
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise ValueError(f"{len(value)} fields; valid: {', '.join(cls.model_fields)}")
         return value
 
 
 def read_json(model: type[Read], data: str | bytes, prefix: str = "") -> Read:
-    """Raises Refusal. Nothing is converted: neither true nor "1" is a number."""
+    """JSON as `model`; raises Refusal. Nothing is converted: neither true nor "1" is a number."""
     try:
         return model.model_validate_json(data, strict=True)
     except ValidationError as error:
@@ -123,15 +123,15 @@ def read_json(model: type[Read], data: str | bytes, prefix: str = "") -> Read:
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> Refusal:
-    """The first of the problems of `model`: the field, its value, what is wrong and, of an unknown
-    field, which ones are valid."""
+    """The first of the problems of `model`: the field, its value, what is wrong and, for an unknown
+    field, the valid ones."""
     return refuse_field(error.errors(include_url=False)[0], model, prefix)
 
 
 def refuse_field(
     problem: Any, model: type[BaseModel], prefix: str = "", whole: str = "the body"
 ) -> Refusal:
-    """A problem as pydantic describes it."""
+    """The Refusal for one of pydantic's problems; `whole` names what is wrong if not a field."""
     path = [str(part) for part in problem["loc"]]
     field = ".".join([prefix] * bool(prefix) + path) or whole
     value = repr(problem.get("input"))
@@ -143,7 +143,7 @@ def refuse_field(
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The fields of the model at `path` below another."""
+    """The fields of the model that is nested at `path` in `model`."""
     for part in path:
         field = model.model_fields.get(part)
         below = _models_in(field.annotation) if field is not None else []

@@ -1,10 +1,10 @@
-"""Pictures by URL, from an allow-list only, without a way into the operator's own network.
+"""Fetches pictures by URL, from an allow-list only, with no way into the operator's own network.
 
 An entry of the list is a host name (`images.example.org`), all subdomains of one (`.example.org`),
-or a literal IP address (`10.0.0.5`, `[::1]`), each optionally with `:port`; else only the scheme's
-own port is allowed. A name must resolve to public addresses alone (one private among them refuses
-it), and those that were checked are connected to, so that DNS cannot answer differently later. A
-literal address may be private, but the URL must name it. Redirects pass the same checks.
+or a literal IP address (`10.0.0.5`, `[::1]`), each optionally with `:port`; without, only the
+scheme's default port is allowed. A name must resolve to public addresses only (a single private one
+refuses it), and the connection is made to the checked addresses, so that DNS cannot answer
+differently later. A literal address may be private. Redirects pass the same checks.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from urllib3.util import Url, parse_url
 
 REDIRECTS = 3
-"""How many are followed."""
+"""Most redirects that are followed."""
 
 CHUNK = 1 << 16
-"""Bytes read at once."""
+"""Bytes per read."""
 
 PORTS = {"http": 80, "https": 443}
 FORMS = "images.example.org, .example.org (its subdomains), 10.0.0.5 or [::1], each also with :port"
 
-GLOBAL_UNICAST = ip_network("2000::/3")  # all of IPv6 that has been given out
-NAT64 = ip_network("64:ff9b::/96")  # the way to IPv4 where there is IPv6 only
-# global for (some versions of) Python, but: Azure's host agent, protocol assignments with other
-# clouds' agents among them, and tunnels between IPv6 and IPv4 that have been retired
+GLOBAL_UNICAST = ip_network("2000::/3")  # all IPv6 addresses that have been allocated
+NAT64 = ip_network("64:ff9b::/96")  # maps IPv4 addresses for hosts that have only IPv6
+# (some versions of) Python call these global, but they are: Azure's host agent, the IETF protocol
+# assignments, which include other clouds' agents, and two retired IPv6-to-IPv4 tunnels
 INTERNAL = [
     ip_network(net) for net in ("168.63.129.16", "192.0.0.0/24", "192.88.99.0/24", "2002::/16")
 ]
@@ -49,7 +49,7 @@ Kind = Literal["refused", "failed", "too_large", "timeout"]
 
 
 class FetchError(Exception):
-    """A URL that must not (`refused`) or cannot be fetched; its message is fit for the client."""
+    """A URL that must not (`refused`) or cannot be fetched; the client may see its message."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
@@ -69,7 +69,7 @@ class _Target(NamedTuple):
     path: str
 
     def __str__(self) -> str:
-        """As in the header Host; path and query may hold secrets."""
+        """As in the Host header, without path and query, which may hold secrets."""
         host = f"[{self.host}]" if isinstance(self.host, IPv6Address) else str(self.host)
         return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -81,9 +81,9 @@ def check_allow_list(allow: Sequence[str]) -> None:
 
 
 def fetch(url: str, allow: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
-    """The body, of at most `max_bytes`, that is found at `url`; FetchError if there is none.
+    """The body at `url`, of at most `max_bytes` bytes; raises FetchError if there is none.
 
-    Blocks for `timeout_s` seconds at most, from DNS to the last byte. Takes no proxies and no
+    Blocks for at most `timeout_s` seconds, from DNS to the last byte. Uses no proxies and no
     credentials from the environment.
     """
     deadline = time.monotonic() + timeout_s
@@ -118,7 +118,7 @@ def _read_entry(entry: str) -> _Entry:
 
 
 def _read_host(host: str | None) -> str | IPv4Address | IPv6Address:
-    """What `parse_url` found (lower case, IDNA) as an address, or a name without a final dot."""
+    """A host from `parse_url` (lower case, IDNA) as an address, or a name without a final dot."""
     host = (host or "").removesuffix(".")
     if host.startswith("[") and "%" not in host:
         return IPv6Address(host[1:-1])
@@ -126,13 +126,13 @@ def _read_host(host: str | None) -> str | IPv4Address | IPv6Address:
     if len(host) > 253 or not all(re.fullmatch(r"[a-z0-9_-]{1,63}", label) for label in labels):
         raise ValueError("not a host name")
     if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", labels[-1]):
-        return IPv4Address(host)  # resolvers take 127.1, 0x7f.1 and 2130706433 for addresses, too
+        return IPv4Address(host)  # refuses 127.1, 0x7f.1, 2130706433: addresses to some resolvers
     return host
 
 
 def _check(url: str, base: str, entries: Sequence[_Entry]) -> _Target:
     try:
-        if re.search(r"[\x00-\x1f\x7f\\]", url):  # dropped by some parsers, the end for others
+        if re.search(r"[\x00-\x1f\x7f\\]", url):  # some parsers drop these, others stop at them
             raise ValueError("a control character or a backslash")
         parts = parse_url(urljoin(base, url))
         if parts.scheme not in PORTS:
@@ -150,7 +150,7 @@ def _check(url: str, base: str, entries: Sequence[_Entry]) -> _Target:
             is_host = isinstance(host, str) and host.endswith(f".{entry.host}")
         if is_host and port == (entry.port or PORTS[parts.scheme]):
             return target
-    raise FetchError("refused", f"{target} is no host that pictures are fetched from")
+    raise FetchError("refused", f"{target} is not a host that pictures are fetched from")
 
 
 def _is_public(address: IPv4Address | IPv6Address) -> bool:
@@ -167,13 +167,13 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 def resolve(host: str) -> list[str]:
-    """The addresses of a host, best first; OSError if it has none."""
+    """The addresses of a host, best first; raises OSError if it has none."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def _remaining(deadline: float) -> float:
-    """Seconds; TimeoutError if none are left."""
+    """Seconds until the deadline; raises TimeoutError if none are left."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise TimeoutError
@@ -191,15 +191,15 @@ def _addresses(host: str | IPv4Address | IPv6Address, deadline: float) -> list[s
         except Exception as error:
             answer.set_exception(error)
 
-    # getaddrinfo takes no timeout: a thread that is left behind ends when the resolver gives up
+    # getaddrinfo has no timeout: an abandoned thread ends when the resolver gives up
     threading.Thread(target=ask, daemon=True).start()
     addresses = answer.result(_remaining(deadline))
     if not all(_is_public(ip_address(address)) for address in addresses):
-        raise FetchError("refused", f"{host} is not at public addresses alone")
+        raise FetchError("refused", f"{host} has addresses that are not public")
     return addresses
 
 
-@functools.cache  # it reads all the system's certificates
+@functools.cache  # as it reads all of the system's certificates
 def _tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
@@ -207,7 +207,7 @@ def _tls() -> ssl.SSLContext:
 def _connect(target: _Target, deadline: float) -> socket.socket:
     addresses = _addresses(target.host, deadline)
     for left in range(len(addresses), 0, -1):
-        try:  # one that does not answer leaves time for the others
+        try:  # each gets a share of the time, so that one without an answer leaves some for others
             share = _remaining(deadline) / left
             sock = socket.create_connection((addresses[-left], target.port), share)
             break
@@ -216,18 +216,18 @@ def _connect(target: _Target, deadline: float) -> socket.socket:
                 raise
     if target.scheme == "http":
         return sock
-    with sock:  # once wrapped, it is empty and closing it does nothing
+    with sock:  # wrapping takes over its connection, so that closing it then does nothing
         sock.settimeout(_remaining(deadline))
         return _tls().wrap_socket(sock, server_hostname=str(target.host))
 
 
 @contextlib.contextmanager
 def _cut_at(deadline: float, sock: socket.socket) -> Iterator[None]:
-    """Ends the connection at the deadline; a socket's own timeout starts anew at every byte."""
+    """Ends the connection at the deadline; a socket's own timeout restarts with every byte."""
 
     def cut() -> None:
-        with contextlib.suppress(OSError):  # it has ended already
-            # not SSLSocket.shutdown, which drops the encryption while another thread reads
+        with contextlib.suppress(OSError):  # it may have ended already
+            # not SSLSocket.shutdown, which drops the TLS layer while another thread reads
             socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     timer = threading.Timer(_remaining(deadline), cut)
@@ -244,7 +244,7 @@ def _get(target: _Target, max_bytes: int, deadline: float) -> bytes | str:
     try:
         with _connect(target, deadline) as sock, _cut_at(deadline, sock):
             connection = HTTPConnection(str(target.host), timeout=_remaining(deadline))
-            connection.sock, connection.auto_open = sock, 0  # it must not connect by itself
+            connection.sock, connection.auto_open = sock, 0  # it must not reconnect by itself
             headers = {"Host": str(target), "User-Agent": "caption-ray"}
             headers["Accept-Encoding"] = "identity"
             connection.request(
@@ -260,13 +260,13 @@ def _get(target: _Target, max_bytes: int, deadline: float) -> bytes | str:
                 if (response.length_remaining or 0) > max_bytes:
                     raise too_large
                 body = bytearray()
-                # not stream(), which takes lines of any length between chunks
+                # not stream(), which accepts chunk headers of any length
                 while chunk := response.read(CHUNK, decode_content=False):
                     body += chunk
                     if len(body) > max_bytes:
                         raise too_large
                     _remaining(deadline)
-                _remaining(deadline)  # without a length, a body that was cut seems complete
+                _remaining(deadline)  # without a length, a body cut off by us looks complete
                 return bytes(body)
     except ssl.SSLCertVerificationError as error:
         message = f"{target} has no valid certificate: {error.verify_message}"
@@ -275,4 +275,4 @@ def _get(target: _Target, max_bytes: int, deadline: float) -> bytes | str:
         timeouts = (TimeoutError, ReadTimeoutError, FutureTimeoutError)
         if isinstance(error, timeouts) or time.monotonic() >= deadline:
             raise FetchError("timeout", f"{target} does not answer in time") from error
-        raise FetchError("failed", f"{target} cannot be reached or breaks off") from error
+        raise FetchError("failed", f"{target} cannot be reached or broke off") from error

@@ -1,7 +1,7 @@
-"""The HTTP application, on any `Backend`: limits, tokens, probes, documentation and the page.
+"""The HTTP application, on any `Backend`: tokens, probes, documentation and the page.
 
-What it understands is in caption_api.py (Hugging Face's clients, curl, the page) and chat_api.py
-(OpenAI's clients); how it says no, in errors.py.
+ingress.py builds it. caption_api.py (Hugging Face's clients, curl, the page) and chat_api.py
+(OpenAI's clients) add the routes that caption; errors.py has the form of error answers.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from caption_ray.serving.errors import Family, Refusal, documented, refuse_field
 from caption_ray.serving.service import Service, Settings, header, unforeseen
 
 OPEN_PATHS = ("/livez", "/readyz", "/", "/docs", "/openapi.json", "/static-offline-docs")
-"""What needs no token: probes, and what only says how to ask."""
+"""Paths that need no token: the probes, the page and the documentation."""
 
 MAX_EXAMPLES = 4
-"""Pictures to try that the page shows."""
+"""Most example pictures that the page shows."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -47,7 +47,7 @@ logger = logging.getLogger("ray.serve")
 def build_http(backend: Backend, settings: Settings) -> FastAPI:
     """The HTTP application.
 
-    Raises ValueError if the tokens, examples or allow-list cannot be what the settings say.
+    Raises ValueError if the settings' tokens or examples cannot be read.
     """
     app = FastAPIOffline(
         title="caption_ray",
@@ -65,7 +65,7 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
-    app.add_middleware(_Unforeseen)  # the outermost, so that it sees all
+    app.add_middleware(_Unforeseen)  # outermost, so that it sees every error
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
@@ -81,7 +81,7 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def refuse_query(request: Request, error: RequestValidationError) -> Response:
         problem = error.errors()[0]
-        source, *path = problem["loc"]  # only /caption has parameters of its own to be wrong
+        source, *path = problem["loc"]  # only /caption has parameters that FastAPI checks
         refusal = refuse_field(
             {**problem, "loc": path}, caption_api.Parameters, whole=f"the {source}"
         )
@@ -89,12 +89,12 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
 
     @app.get("/livez", tags=["probes"])
     async def livez() -> dict[str, str]:
-        """Whether the server runs."""
+        """Whether the server is running."""
         return {"status": "alive"}
 
     @app.get("/readyz", tags=["probes"], responses=documented("caption", 503))
     async def readyz() -> dict[str, str]:
-        """Whether pictures can be captioned. `asleep`: yes, once a captioner has been started."""
+        """Whether pictures can be captioned. `asleep`: yes, but a captioner must start first."""
         status = await backend.status()
         if status == "starting":
             raise Refusal(503, "unavailable", "no captioner is ready", retry_after=1)
@@ -102,7 +102,7 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
 
     @app.get("/info", tags=["about"], responses=documented("caption", 401))
     async def info() -> dict[str, Any]:
-        """The model, its checkpoint, the last checkpoint that was refused, and the limits."""
+        """The model, its checkpoint, the checkpoint that was last refused, and the limits."""
         return {**await backend.info(), "limits": service.limits}
 
     _add_page(app, settings.examples)
@@ -137,7 +137,7 @@ def _add_page(app: FastAPI, examples: str | None) -> None:
 
 
 def _content_security_policy(html: str) -> str:
-    """Nothing but the page's own style and script runs, and it talks to this server only."""
+    """A policy that allows only the page's own style and script, and requests to this server."""
 
     def digests(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
@@ -152,7 +152,7 @@ def _content_security_policy(html: str) -> str:
 
 
 def _drawn_scenes() -> dict[str, bytes]:
-    """Scenes of the embedded data set, as PNG by name."""
+    """Scenes of the embedded data set: PNG bytes by name."""
     pictures = {}
     for number in range(MAX_EXAMPLES):
         buffer = io.BytesIO()
@@ -162,7 +162,7 @@ def _drawn_scenes() -> dict[str, bytes]:
 
 
 def _pictures_in(folder: str) -> dict[str, bytes]:
-    """The first pictures in a folder or bucket prefix, by name."""
+    """The first pictures in a folder or bucket prefix: their bytes by name. Raises ValueError."""
     uri = storage.resolve(folder)
     pictures = {}
     try:
@@ -171,7 +171,7 @@ def _pictures_in(folder: str) -> dict[str, bytes]:
             transforms.image_size(data)
             pictures[storage.name(file)] = data
     except transforms.ImageError as error:
-        raise ValueError(f"examples is {folder!r}: {file} is no picture: {error}") from error
+        raise ValueError(f"examples is {folder!r}: {file} is not a picture: {error}") from error
     except OSError as error:
         raise ValueError(f"examples is {folder!r}: {error}") from error
     if not pictures:
@@ -183,7 +183,7 @@ def _pictures_in(folder: str) -> dict[str, bytes]:
 
 
 def _openapi(app: FastAPI, schemas: list[type[BaseModel]], tokens: bool) -> dict[str, Any]:
-    """FastAPI's, with the schemas of the bodies that the APIs read themselves."""
+    """FastAPI's document, plus the schemas of the bodies that the APIs parse themselves."""
     if app.openapi_schema is None:
         described = FastAPI.openapi(app)
         _, definitions = models_json_schema(
@@ -201,7 +201,7 @@ def _openapi(app: FastAPI, schemas: list[type[BaseModel]], tokens: bool) -> dict
 
 
 def _drop_fastapis_errors(described: dict[str, Any]) -> None:
-    """It writes its own 422 to whatever has a parameter; ours are answered with 400."""
+    """FastAPI documents a 422 for every route with parameters; here these errors are a 400."""
     own = {"HTTPValidationError", "ValidationError"}
     for path in described["paths"].values():
         for operation in path.values():
@@ -224,13 +224,13 @@ def _family(scope: Scope) -> Family:
 
 
 class _Authorize:
-    """Middleware: no token, no answer, before a byte of the body is read."""
+    """Middleware: refuses requests without a valid token before reading a byte of the body."""
 
     def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
         self.app = app
         self.tokens = tokens
         if not tokens.required:
-            logger.warning("No tokens are configured: whoever can connect is served")
+            logger.warning("No tokens are configured: anyone who can connect is served")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (
@@ -252,7 +252,7 @@ class _Authorize:
 
 
 class _Unforeseen:
-    """Middleware: an error that nobody foresaw is a 500."""
+    """Middleware: answers 500 to an unexpected exception."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -268,7 +268,7 @@ class _Unforeseen:
         try:
             await self.app(scope, receive, watch)
         except ClientDisconnect:
-            pass  # nobody is left to answer
+            pass  # there is no one left to answer
         except Exception:
             refusal = unforeseen(scope)
             if has_started:

@@ -1,4 +1,5 @@
-"""The deployment that speaks HTTP: it reads, checks and decodes, so that devices only caption."""
+"""The Ray Serve deployment that speaks HTTP: it reads, checks and decodes pictures, so that the
+captioners only caption. app.py deploys it in front of replica.py's deployment."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ from caption_ray.serving.replica import DEPLOYMENT, Full, Outdated, Reply
 from caption_ray.serving.service import Settings
 
 DECODE_THREADS = 4
-"""Pictures that one ingress decodes at a time: the largest allowed takes 200 MB."""
+"""Pictures that one ingress decodes at a time; the largest one allowed takes 200 MB."""
 
 ATTEMPTS = 2
-"""Captioners that a picture is sent to if the one before died: captioning it twice is harmless."""
+"""Most captioners to try if one dies with the picture: captioning it twice is harmless."""
 
 STATUS_TIMEOUT_S = 2.0
-"""Seconds in which Ray must tell how the captioners are."""
+"""Seconds in which Ray must report the captioners' state."""
 
 UNAVAILABLE = (BackPressureError, DeploymentUnavailableError, RayActorError)
 
@@ -41,7 +42,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Ingress:
-    """The `Backend` of the HTTP application: decodes, and asks a captioner."""
+    """The HTTP application's `Backend`: decodes a picture and sends it to a captioner."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class Ingress:
         info: dict[str, Any],
         settings: Settings,
     ) -> None:
-        """`encoder` and `info` are of the checkpoint that is served first."""
+        """`encoder` and `info` are those of the checkpoint that is served first."""
         self.captioner = ray_internals.without_object_store(captioner)
         self.streaming_captioner = self.captioner.options(stream=True)
         self.encoder = encoder
@@ -74,7 +75,8 @@ class Ingress:
     async def _ask(
         self, picture: bytes, options: Options, streaming: bool
     ) -> AsyncIterator[list[str] | Answer]:
-        """Prepare the picture as the captioner wants it, which may just have changed."""
+        """Yields words if streaming, then the answer. Prepares the picture again if the captioner's
+        model has changed, and tries another captioner if it dies."""
         attempts = 0
         told = 0
         while True:
@@ -110,7 +112,7 @@ class Ingress:
         response = self.captioner.remote(image, encoder, options)
         try:
             reply: Reply = await response
-        except BaseException:  # the client has gone, or time is up
+        except BaseException:  # including cancellation: the client has gone, or time is up
             response.cancel()
             raise
         yield reply
@@ -127,7 +129,7 @@ class Ingress:
             raise
 
     async def status(self) -> Status:
-        """As Ray sees the captioners; asking one of them would keep it from scaling to zero."""
+        """From Ray's controller: asking a captioner would keep it from scaling to zero."""
         loop = asyncio.get_running_loop()
         try:
             return await asyncio.wait_for(
@@ -153,5 +155,5 @@ class Ingress:
                 answer = self.captioner.info.remote()
                 self.last_info = await asyncio.wait_for(answer, STATUS_TIMEOUT_S)
             except (asyncio.TimeoutError, TaskCancelledError, *UNAVAILABLE):
-                logger.warning("No captioner tells about its model; what it was before is shown")
+                logger.warning("No captioner answers /info: the last known answer is shown")
         return self.last_info

@@ -1,5 +1,5 @@
-"""The deployment that owns a device: it captions pictures in batches, and changes its checkpoint
-between two of them without losing a request."""
+"""The Ray Serve deployment that owns a device: it captions pictures in batches, and switches to
+another checkpoint between two batches without losing a request. ingress.py calls it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ DEPLOYMENT = "Captioner"
 """Name of the deployment, in serve_config.yaml and in Ray's dashboard."""
 
 HANG_S = 60.0
-"""Seconds after which a batch that still runs means that the device hangs."""
+"""A batch that runs for longer than this many seconds means that the device hangs."""
 
 MAX_CPU_LANES = 2
-"""Batches that run at a time without GPU, each on its share of the cores; one alone has all."""
+"""Batches that run at a time without a GPU, each on its share of the cores."""
 
 logger = logging.getLogger("ray.serve")
 
 
 class Serving(BaseModel):
-    """`user_config` of `Captioner` in serve_config.yaml: it may be changed while it serves."""
+    """`user_config` of `Captioner` in serve_config.yaml, which may change while it serves."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -66,7 +66,7 @@ class Serving(BaseModel):
 
 @dataclass(frozen=True)
 class Outdated:
-    """The picture was prepared for another model: prepare it for this one and come again."""
+    """The picture was prepared for another model: prepare it for this encoder and retry."""
 
     encoder: EncoderConfig
 
@@ -80,18 +80,18 @@ class Full:
 
 
 Reply = Answer | Outdated | Full
-"""These are returned, not raised: Ray logs what a replica raises, with its stack."""
+"""All are returned, not raised, as Ray logs every exception of a replica with its stack trace."""
 
 
 class _Key(NamedTuple):
-    """Pictures of which these are equal are captioned together."""
+    """Only pictures with equal keys are captioned together."""
 
     search: SearchConfig
     num_return: int
 
 
 class _Item:
-    """A picture that waits."""
+    """A picture in the queue."""
 
     def __init__(
         self, image: Images, options: Options, on_words: Callable[[list[str]], None] | None
@@ -100,8 +100,8 @@ class _Item:
         self.told = 0
 
     def tell(self, start: int, words: list[str]) -> None:
-        """Pass on `words`, the caption's from number `start` on, except those told before: a batch
-        that failed is run again."""
+        """Pass on `words`, which are the caption's from index `start` on, except those passed on
+        before: a batch that failed is run again."""
         assert self.on_words is not None
         new = words[max(0, self.told - start) :]
         if new:
@@ -110,7 +110,7 @@ class _Item:
 
 
 class CaptionerReplica:
-    """One device: captions prepared pictures, as many at once as have come in."""
+    """Captions prepared pictures on one device, all that are waiting at once."""
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class CaptionerReplica:
         max_queue_s: float,
         max_queue: int,
     ) -> None:
-        """`fallback` is the URI of a checkpoint to serve if, at the start, `user_config` names none
-        that can be; the rest is explained in `Arguments`. What is served comes by `reconfigure`,
-        which Ray calls next."""
+        """`fallback` is the URI of the checkpoint to serve if the one that `user_config` names
+        cannot be, at the start; `Arguments` explains the rest. Ray calls `reconfigure` next, which
+        loads a checkpoint."""
         self.fallback = fallback
         has_gpu = bool(ray.get_runtime_context().get_accelerator_ids()["GPU"])
         self.device = torch.device("cuda" if has_gpu else "cpu")
@@ -137,14 +137,14 @@ class CaptionerReplica:
             wait_s=batch_wait_timeout_s,
             max_queue_s=max_queue_s,
             max_queue=max_queue,
-            # Cores that work on a batch each get more done than all of them on one: they need not
-            # wait for each other.
+            # Cores working on separate batches get more done than all of them on one batch, where
+            # they wait for each other.
             num_lanes=1 if has_gpu else min(MAX_CPU_LANES, self.cpu_threads),
         )
         self.predictor: Predictor | None = None
         self.serving: Serving | None = None
         self.refused: dict[str, str] | None = None
-        self.loader = ThreadPoolExecutor(1)  # one change at a time, beside the batches
+        self.loader = ThreadPoolExecutor(1)  # loads one checkpoint at a time, beside the batches
         self.follower: asyncio.Task[None] | None = None
         self.batch_sizes = metrics.Histogram(
             "caption_ray_batch_size",
@@ -157,11 +157,11 @@ class CaptionerReplica:
             boundaries=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10],
         )
         self.waiting = metrics.Gauge(
-            "caption_ray_waiting_pictures", description="Pictures that wait for the device."
+            "caption_ray_waiting_pictures", description="Pictures waiting for the device."
         )
         self.changes = metrics.Counter(
             "caption_ray_checkpoint_changes",
-            description="Checkpoints that were taken into service or refused.",
+            description="Checkpoints put into service or refused.",
             tag_keys=("result",),
         )
 
@@ -174,11 +174,11 @@ class CaptionerReplica:
     async def stream(
         self, image: Images, encoder: EncoderConfig, options: Options
     ) -> AsyncIterator[list[str] | Reply]:
-        """Words as they become certain, then what `__call__` gives."""
+        """Yields words as soon as they are certain, then what `__call__` returns."""
         loop = asyncio.get_running_loop()
         words: asyncio.Queue[list[str] | None] = asyncio.Queue()
 
-        def on_words(new: list[str]) -> None:  # called by the device's thread
+        def on_words(new: list[str]) -> None:  # called on the lane's thread
             loop.call_soon_threadsafe(words.put_nowait, new)
 
         task = loop.create_task(self._submit(image, encoder, options, on_words))
@@ -210,10 +210,10 @@ class CaptionerReplica:
         return reply
 
     def _run(self, key: _Key, items: Sequence[_Item]) -> list[Answer | Outdated]:
-        """On a lane's thread."""
+        """Caption a batch, on a lane's thread."""
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, self.cpu_threads // self.batcher.num_running))
-        predictor = self.predictor  # the same for the whole batch, whatever comes meanwhile
+        predictor = self.predictor  # one for the whole batch, even if it is replaced meanwhile
         assert predictor is not None
         size = predictor.encoder_config.image_size
         if any(item.image.shape != (size, size, 3) for item in items):
@@ -244,11 +244,11 @@ class CaptionerReplica:
     # The checkpoint -----------------------------------------------------------------------------
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve what `user_config` (see `Serving`) says.
+        """Serve what `user_config` (see `Serving`) says; Ray calls it at the start and on changes.
 
-        A checkpoint is loaded beside the one that is served, captions a picture, and then takes its
-        place between two batches. One that cannot is refused: the old one goes on, and `info` says
-        why. Raises CheckpointError only if there is no old one, nor a fallback.
+        A new checkpoint is loaded beside the current one, captions a picture, and then replaces it
+        between two batches. One that cannot is refused: the current one stays, and `info` says why.
+        Raises CheckpointError only if there is no current one, and the fallback fails, too.
         """
         if self.follower is not None:
             self.follower.cancel()
@@ -276,8 +276,8 @@ class CaptionerReplica:
             await self._serve(serving, again=False)
 
     async def _serve(self, serving: Serving, again: bool = True) -> None:
-        """Serve what is meant now, if it is not served already and can be. What was refused before
-        is only tried `again` if asked to."""
+        """Serve the checkpoint that `serving` refers to now, unless it is served already. One that
+        was refused before is only retried with `again`."""
         loop = asyncio.get_running_loop()
         uri = serving.checkpoint
         try:
@@ -287,7 +287,7 @@ class CaptionerReplica:
             if self.predictor is None or self.predictor.uri != uri:
                 await self._load(uri)
             self.refused = None
-        except Exception as error:  # whatever it is, it must end neither serving nor following
+        except Exception as error:  # no error may stop serving, or the checks for newer ones
             self._refuse(uri, str(error) or repr(error))
 
     async def _load(self, uri: str) -> None:
@@ -302,8 +302,8 @@ class CaptionerReplica:
         logger.info(f"Captioning with {uri} on {self.device}")
 
     def _refuse(self, uri: str, error: str) -> None:
-        if self.refused is None or self.refused["error"] != error:  # once, if it is followed
-            logger.error(f"Checkpoint {uri} is refused, the one before serves on: {error}")
+        if self.refused is None or self.refused["error"] != error:  # report each error once
+            logger.error(f"Checkpoint {uri} is refused, the previous one stays: {error}")
             self.changes.inc(tags={"result": "refused"})
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             self.refused = {"checkpoint": uri, "error": error, "time": now}
@@ -311,18 +311,18 @@ class CaptionerReplica:
     # State --------------------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
-        """Of the model and the checkpoint that this captioner serves."""
+        """Facts about the model and the checkpoint that this captioner serves."""
         assert self.predictor is not None
         return describe(self.predictor, self.refused)
 
     def check_health(self) -> None:
-        """Ray replaces a captioner whose device hangs, although it answers."""
+        """Raises RuntimeError if the device hangs, so that Ray replaces the captioner."""
         if self.batcher.busy_s > HANG_S:
             raise RuntimeError(f"a batch has been running for {self.batcher.busy_s:.0f} s")
 
 
 def describe(predictor: Predictor, refused: dict[str, str] | None) -> dict[str, Any]:
-    """What `/info` says of a predictor; `refused` is what was last not taken into service."""
+    """The content of `/info` for a predictor; `refused` is the checkpoint that was last refused."""
     models = [member.model for member in predictor.members]
     checkpoints: list[dict[str, Any]] = [
         {
@@ -353,7 +353,7 @@ def describe(predictor: Predictor, refused: dict[str, str] | None) -> dict[str, 
 
 
 def _same_input(one: EncoderConfig, other: EncoderConfig) -> bool:
-    """Whether both want pictures prepared in the same way."""
+    """Whether both expect pictures to be prepared in the same way."""
     return (one.image_size, one.image_fit) == (other.image_size, other.image_fit)
 
 

@@ -1,4 +1,4 @@
-"""What both APIs do for a request: read its body, caption its pictures, refuse what cannot be."""
+"""What both APIs share: reading bodies within limits, captioning, turning errors into refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the HTTP application is told; `Arguments` in app.py explains it and has the defaults."""
+    """The HTTP application's settings; `Arguments` in app.py explains them and has the defaults."""
 
     max_body_bytes: int
     max_buffered_bytes: int
@@ -49,7 +49,7 @@ class Settings:
 
 
 class Service:
-    """A backend within the limits of the settings."""
+    """A backend behind the limits of the settings."""
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self.backend = backend
@@ -58,9 +58,9 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytes]:
-        """The request's body, which counts as buffered until it is let go.
+        """The request's body, which counts as buffered until the context is left.
 
-        Raises Refusal if it is empty, too large or too slow, or too much is buffered already.
+        Raises Refusal if it is empty, too large or too slow, or if too much is buffered already.
         """
         held = 0
 
@@ -70,7 +70,7 @@ class Service:
             too_large = Refusal(413, "validation", f"the body has more than {limit} bytes")
             announced = request.headers.get("content-length", "")
             if announced.isdecimal() and len(announced) < 20 and int(announced) > limit:
-                raise too_large  # else, and if it is no number, what comes is counted
+                raise too_large  # otherwise, or if it is not a number, the bytes are counted below
             chunks: list[bytes] = []
             async for chunk in request.stream():
                 held += len(chunk)
@@ -99,14 +99,14 @@ class Service:
             self._buffered -= held
 
     async def caption(self, picture: bytes, options: Options, name: str = "the picture") -> Answer:
-        """Raises Refusal, which calls the picture `name`."""
+        """Caption one picture. Raises Refusal, in which the picture is called `name`."""
         with self._refusing(name):
             return await asyncio.wait_for(
                 self.backend.caption(picture, options), self.settings.request_timeout_s
             )
 
     async def stream(self, picture: bytes, options: Options) -> AsyncIterator[list[str] | Answer]:
-        """Words as they become certain, then the answer; raises Refusal."""
+        """Yields words as soon as they are certain, then the answer. Raises Refusal."""
         with self._refusing("the picture"):
             deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
             parts = self.backend.stream(picture, options)
@@ -149,7 +149,7 @@ class Service:
 
 
 async def first_of(parts: AsyncIterator[Part]) -> tuple[Part, AsyncIterator[Part]]:
-    """The first part, and all of them: so that an error before it can still be a status."""
+    """The first part, and all parts: so that an error before the first can still be a status."""
     first = await anext(parts)
 
     async def all_parts() -> AsyncIterator[Part]:
@@ -161,7 +161,7 @@ async def first_of(parts: AsyncIterator[Part]) -> tuple[Part, AsyncIterator[Part
 
 
 def request_id(scope: Scope) -> str:
-    """Ray's proxy takes it from the client's X-Request-ID or makes one, and sends it back."""
+    """The client's X-Request-ID, or one that Ray's proxy made; the proxy sends it back."""
     return header(scope, b"x-request-id") or "?"
 
 
@@ -170,7 +170,7 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 def unforeseen(scope: Scope) -> Refusal:
-    """What to answer to an exception that nobody foresaw: it names the request, no more. The stack
-    goes to the log, beside the same name."""
+    """The answer to the exception being handled, which is unexpected: it contains only the request
+    id, under which the stack trace goes to the log."""
     logger.exception(f"Request {request_id(scope)} failed")
     return Refusal(500, "internal", f"internal error in request {request_id(scope)}")

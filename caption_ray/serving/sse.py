@@ -1,4 +1,4 @@
-"""Server-sent events: how both APIs stream (https://html.spec.whatwg.org, section 9.2)."""
+"""Server-sent events, with which both APIs stream (https://html.spec.whatwg.org, section 9.2)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from caption_ray.serving.errors import Refusal
 from caption_ray.serving.service import unforeseen
 
 NO_CACHE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Headers of a stream: without them proxies would collect what should arrive word by word."""
+"""Headers of a stream: without them, proxies would buffer what should arrive word by word."""
 
 
 def event(data: Any, name: str | None = None) -> str:
-    """One event whose data is JSON, of a named kind or of none."""
+    """One event with `data` as JSON, with or without a name."""
     return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
 
 
 def response(
     events: AsyncIterator[str], request: Request, refused: Callable[[Refusal], str]
 ) -> StreamingResponse:
-    """The answer that streams these events. An error comes too late for a status: it ends the
-    stream as the event that `refused` makes of it."""
+    """The answer that streams these events. An error comes too late to change the status: `refused`
+    turns it into an event, which ends the stream."""
 
     async def guarded() -> AsyncIterator[str]:
         try:

@@ -320,7 +320,7 @@ def test_the_heat_map_lies_on_what_the_model_saw(visitor: Visitor, backend: Any)
     visitor.choose(2)
     for index, place in enumerate(peaks.values()):
         visitor.words.nth(index).hover()
-        expect(visitor.legend).to_contain_text(f"at most: {place}")
+        expect(visitor.legend).to_contain_text(f"most at the {place}")
         visitor.sees_heat(looks[index])
     visitor.shoot("attention")
     canvas: Any = visitor.heatmap.bounding_box()

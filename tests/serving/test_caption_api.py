@@ -95,7 +95,7 @@ def test_one_bad_picture_among_several_is_named(
     answer = client().post("/caption", json={"inputs": [good, good, text(b"hello")]})
     refused(answer, 415, "inputs.2 cannot be read")
     answer = client().post("/caption", json={"inputs": [good, "%", good]})
-    refused(answer, 400, "inputs.1 is no base64")
+    refused(answer, 400, "inputs.1 is not base64")
 
 
 def test_a_form_with_a_file_is_captioned_whatever_the_file_is_called(
@@ -126,10 +126,10 @@ def test_a_form_may_hold_parameters(client: Clients, picture: Pictures, captions
 @pytest.mark.parametrize(
     ("files", "data", "piece"),
     [
-        ({"image": b"x", "mask": b"x"}, {}, "'mask' is no field of the form"),
-        ({"image": b"x"}, {"seed": "1"}, "'seed' is no field of the form"),
+        ({"image": b"x", "mask": b"x"}, {}, "'mask' is not a field of the form"),
+        ({"image": b"x"}, {"seed": "1"}, "'seed' is not a field of the form"),
         ({"parameters": b"{}"}, {}, "image is missing"),
-        ({"none": b""}, {}, "'none' is no field of the form"),
+        ({"none": b""}, {}, "'none' is not a field of the form"),
         ({"image": b"x"}, {"parameters": "{"}, "parameters is '{': Invalid JSON"),
         ({"image": b"x"}, {"parameters": '{"seed": -1}'}, "parameters.seed is -1"),
         ({"image": b"x"}, {"parameters": '{"inputs": ""}'}, "parameters.inputs is '': unknown"),
@@ -200,12 +200,12 @@ def test_parameters_mean_the_same_wherever_they_stand(
 @pytest.mark.parametrize(
     ("query", "parameters", "piece"),
     [
-        ({"seed": 1}, {"seed": 2}, "seed is both 1 and 2: say it once"),
+        ({"seed": 1}, {"seed": 2}, "seed is both 1 and 2: give it once"),
         ({"seed": 0}, {"seed": 2}, "seed is both 0 and 2"),
         ({}, {"top_k": 3, "generate_kwargs": {"top_k": 4}}, "top_k is both 3 and 4"),
         ({"num_beams": 2}, {"num_return_sequences": 3}, "no more captions than beams"),
         ({"do_sample": "false"}, {"top_k": 3}, "do_sample is false, so leave out top_k"),
-        ({"num_beams": 3}, {"temperature": 0.5}, "words are either drawn or searched"),
+        ({"num_beams": 3}, {"temperature": 0.5}, "either sample or use beams"),
         ({"num_beams": 1, "num_return_sequences": 2}, {}, "the query is {"),
         ({"min_new_tokens": 5}, {"max_new_tokens": 4}, "min_new_tokens is 5, max_new_tokens 4"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, {}, "the query is {"),

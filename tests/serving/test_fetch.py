@@ -316,7 +316,7 @@ def test_a_name_of_an_address_that_is_not_public_is_refused(names, address):
     error = failure("http://images.example.org/", "images.example.org", ".example.org")
     assert error.kind == "refused"
     assert not names.connected
-    assert str(error) == "images.example.org is not at public addresses alone"
+    assert str(error) == "images.example.org has addresses that are not public"
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def test_other_answers_are_failures_that_tell_the_status_alone(web, status):
 def test_a_broken_answer_is_a_failure_that_tells_nothing_of_it(web, answer):
     web.answers["/"] = lambda handler: handler.wfile.write(answer)
     error = failure(f"{web.url}/", web.host)
-    assert (error.kind, str(error)) == ("failed", f"{web.host} cannot be reached or breaks off")
+    assert (error.kind, str(error)) == ("failed", f"{web.host} cannot be reached or broke off")
 
 
 def test_a_port_where_nobody_listens_is_a_failure():

@@ -162,7 +162,7 @@ def test_without_tokens_everybody_is_served_and_the_log_warns(
     client: Clients, picture: Pictures, log: pytest.LogCaptureFixture
 ) -> None:
     assert client().post("/caption", content=picture(1)).status_code == 200
-    assert "whoever can connect is served" in log.text
+    assert "anyone who can connect is served" in log.text
 
 
 def test_with_a_token_all_is_served(
@@ -666,5 +666,5 @@ def test_a_folder_without_pictures_stops_the_start(client: Clients, tmp_path: Pa
         with pytest.raises(ValueError, match=f"examples is '{folder}': there are no files"):
             client(examples=str(folder))
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="notes.txt is no picture: .*accepted format"):
+    with pytest.raises(ValueError, match="notes.txt is not a picture: .*accepted format"):
         client(examples=str(tmp_path))
