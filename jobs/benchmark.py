@@ -9,8 +9,6 @@ import os
 # before torch is loaded: its threads must not spin while other processes want the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import tyro
-
 from caption_ray.benchmark import (
     cache,
     checkpoint,
@@ -23,6 +21,7 @@ from caption_ray.benchmark import (
     serve,
     train,
 )
+from caption_ray.config import parse_arguments
 
 SECTIONS = {
     "decode": (decode.Decode, decode.run),
@@ -40,7 +39,7 @@ SECTIONS = {
 
 def main() -> None:
     kinds = {name: kind for name, (kind, _) in SECTIONS.items()}
-    options = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
+    options = parse_arguments(kinds, description=__doc__)
     for kind, run in SECTIONS.values():
         if isinstance(options, kind):
             run(options)  # type: ignore[operator]

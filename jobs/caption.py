@@ -5,21 +5,19 @@ Writes one JSON line a picture: file, caption and log-probability (or the error)
 
 from dataclasses import dataclass, field
 
-import tyro
-
 from caption_ray import cluster
 from caption_ray.captioning import checkpoint, run_folder
-from caption_ray.config import SearchOverrides, default_storage
+from caption_ray.config import SearchOverrides, Uri, default_storage, parse_arguments
 from caption_ray.evaluation import evaluate
 
 
 @dataclass
 class Arguments:
-    images: str
+    images: Uri
     """One picture, a folder, a glob (in quotes) or a bucket prefix."""
-    out: str
+    out: Uri
     """Where the JSON lines go."""
-    checkpoint: str = default_storage()
+    checkpoint: Uri = field(default_factory=default_storage)
     """A checkpoint, a run (its best checkpoint) or a folder of runs (the newest run's best);
     several, separated by commas, caption together."""
     search: SearchOverrides = field(default_factory=SearchOverrides)
@@ -27,7 +25,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = parse_arguments(Arguments, description=__doc__)
     try:
         uri = run_folder.find(arguments.checkpoint)
         search = arguments.search.apply(checkpoint.read_about(uri).search)

@@ -7,38 +7,35 @@ scores of each image, and a report to look at.
 
 from dataclasses import dataclass, field
 
-import tyro
-
-from caption_ray import cluster
 from caption_ray.captioning import checkpoint, run_folder
-from caption_ray.config import SearchOverrides, default_storage
+from caption_ray import cluster, config
 from caption_ray.data.dataset import open_shards
 from caption_ray.evaluation import scorecard
 
 
 @dataclass
 class Arguments:
-    shards: str
+    shards: config.Uri
     """Folder or bucket prefix that jobs/ingest.py wrote."""
-    checkpoint: str = default_storage()
+    checkpoint: config.Uri = field(default_factory=config.default_storage)
     """A checkpoint, a run (its best checkpoint) or a folder of runs (the newest run's best);
     several, separated by commas, caption together."""
-    split: str = "val"
+    split: config.Name = "val"
     """Split of the shards."""
-    out: str | None = None
+    out: config.Uri | None = None
     """Where the files go; None: below the run, evaluation/<split>."""
-    name: str = "caption_ray"
+    name: config.FileName = "caption_ray"
     """What the results file calls the system."""
-    search: SearchOverrides = field(default_factory=SearchOverrides)
+    search: config.SearchOverrides = field(default_factory=config.SearchOverrides)
     """How captions are searched for; None: as the checkpoint says."""
     java: bool = True
     """Also METEOR and SPICE, if Java and pycocoevalcap are there."""
-    limit: int | None = None
-    """Only so many pictures."""
+    limit: config.Count | None = None
+    """Score only this many pictures; None scores all of the split."""
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = config.parse_arguments(Arguments, description=__doc__)
     try:
         uri = run_folder.find(arguments.checkpoint)
         search = arguments.search.apply(checkpoint.read_about(uri).search)

@@ -7,8 +7,6 @@ and annotations) or a set in the same layout. Run it again to complete an interr
 from collections import Counter
 from dataclasses import dataclass, field
 
-import tyro
-
 from caption_ray import cluster, config, storage
 from caption_ray.data import ingest, sources
 from caption_ray.training import feature_cache
@@ -16,20 +14,20 @@ from caption_ray.training import feature_cache
 
 @dataclass
 class Arguments:
-    source: str
+    source: config.Uri
     """Folder, bucket prefix or address that holds the pictures and annotations, as COCO ships
     them: http://images.cocodataset.org is COCO's own."""
-    out: str
+    out: config.Uri
     """Folder or bucket prefix for the shards and their index."""
-    image_size: int | None = 256
+    image_size: config.Size | None = 256
     """Shrink larger pictures to this shorter side, in pixels; None keeps the originals."""
-    images_per_shard: int = ingest.IMAGES_PER_SHARD
+    images_per_shard: config.Count = ingest.IMAGES_PER_SHARD
     """Pictures in one shard."""
-    splits: tuple[str, ...] = sources.SPLITS
+    splits: config.Names = sources.SPLITS
     """Which splits to ingest."""
-    karpathy: str | None = None
+    karpathy: config.Uri | None = None
     """URI of Karpathy's dataset_coco.json: use his splits instead of COCO's."""
-    seed: int = 0
+    seed: config.Seed = 0
     """Seed of the shuffle over shards."""
     features: bool = False
     """Compute what a frozen encoder makes of the pictures: runs that neither train it nor augment
@@ -39,7 +37,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = vars(tyro.cli(Arguments, description=__doc__))
+    arguments = vars(config.parse_arguments(Arguments, description=__doc__))
     with_features, encoder = arguments.pop("features"), arguments.pop("encoder")
     cluster.connect()
     try:

@@ -1,6 +1,9 @@
+import ast
 import dataclasses
-import itertools
+import inspect
 import json
+import re
+import typing
 
 import pytest
 
@@ -43,19 +46,22 @@ def test_overrides_without_a_preset_apply_to_the_default_one():
         (["--train.epoch", "3"], ["--train.epoch", "--train.epochs"]),
         (["--train.epochs", "many"], ["--train.epochs", "many"]),
         (["--train.schedule", "linear"], ["linear", "cosine", "constant"]),
-        (["--train.epochs", "0"], ["--train.epochs", "0", "at least 1"]),
-        (["--data.min-crop", "0"], ["--data.min-crop", "(0, 1]"]),
+        (["--train.epochs", "0"], ["--train.epochs is 0", "give a whole number of at least 1"]),
+        (["--data.min-crop", "0"], ["--data.min-crop is 0.0", "above 0 and at most 1"]),
         (["--data.shards", "a", "--data.source", "b"], ["--data.source", "--data.shards"]),
         (["--run.name", "a/b"], ["--run.name", "a/b"]),
         (["--run.name", "a,b"], ["--run.name", "a,b"]),
-        (["--search.beam-size", "0"], ["--search.beam-size", "0", "at least"]),
+        (["--search.beam-size", "0"], ["--search.beam-size is 0", "give a whole number from 1"]),
         (
             ["--search.min-length", "9", "--search.max-length", "8"],
             ["--search.min-length", "9", "give 0 to"],
         ),
         (["--search.min-length", "-1"], ["--search.min-length", "-1"]),
         (["--search.no-repeat-ngram-size", "-1"], ["--search.no-repeat-ngram-size", "-1"]),
-        (["--search.temperature", "1e-40"], ["--search.temperature", "1e-40", "1e-06"]),
+        (
+            ["--search.temperature", "1e-40"],
+            ["--search.temperature", "1e-40", "give 0, or 1e-06 or more"],
+        ),
         (["--search.temperature", "nan"], ["--search.temperature", "nan"]),
         (["--search.top-p", "0"], ["--search.top-p", "0", "1e-06"]),
         (["--train.min-workers", "3"], ["--train.min-workers", "3"]),
@@ -84,9 +90,20 @@ def test_json_brings_back_the_same_configuration(preset):
     [
         ({"train": {"epocs": 1}}, r"run.json: train.epocs = 1: .*did you mean epochs"),
         ({"data": {"zzz": 1}}, r"data.zzz.*valid: shards, source"),
-        ({"train": {"epochs": "x"}}, r"train.epochs = 'x'.*integer"),
-        ({"train": {"batch_size": -1}}, r"--train.batch-size is -1"),
-        ({"search": {"min_length": 30}}, r"--search.min-length is 30"),
+        (
+            {"train": {"epochs": "x"}},
+            r"run.json: train.epochs = 'x': give a whole number of at least 1",
+        ),
+        (
+            {"train": {"batch_size": -1}},
+            r"run.json: train.batch_size = -1: give a whole number of at least 1",
+        ),
+        ({"data": {"shards": ""}}, r"run.json: data.shards = '': it is empty"),
+        ({"run": {"project": "\t"}}, r"run.json: --run.project is '.t': it is empty"),
+        (
+            {"search": {"min_length": 30}},
+            r"^run.json: --search.min-length is 30: give 0 to --search.max-length, 20",
+        ),
     ],
 )
 def test_a_saved_file_with_unknown_or_bad_keys_is_refused(values, message):
@@ -95,10 +112,8 @@ def test_a_saved_file_with_unknown_or_bad_keys_is_refused(values, message):
 
 
 def test_every_field_has_a_docstring():
-    import ast
-    import inspect
-
-    for node in ast.parse(inspect.getsource(config)).body:
+    modules = [config.settings, config.search]
+    for node in [node for module in modules for node in ast.parse(inspect.getsource(module)).body]:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
             for here, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(here, ast.AnnAssign):
@@ -108,20 +123,33 @@ def test_every_field_has_a_docstring():
                     assert documented, f"{node.name}.{here.target.id} has no docstring"
 
 
-def test_overrides_of_the_search_are_its_settings_and_mean_the_same():
-    import ast
-    import inspect
-
-    def documented(kind):
-        body = ast.parse(inspect.getsource(kind)).body[0].body
-        return {
-            field.target.id: after.value.value
-            for field, after in itertools.pairwise(body)
-            if isinstance(field, ast.AnnAssign)
-        }
-
-    assert documented(config.SearchOverrides) == documented(config.SearchConfig)
+def test_overrides_of_the_search_are_its_settings_optional_and_mean_the_same(capsys):
+    own, overrides = (
+        typing.get_type_hints(kind, include_extras=True)
+        for kind in (config.SearchConfig, config.SearchOverrides)
+    )
+    assert overrides == {name: typing.Optional[hint] for name, hint in own.items()}  # noqa: UP045
     assert set(dataclasses.asdict(config.SearchOverrides()).values()) == {None}
+    explained = []
+    for kind in (config.SearchConfig, config.SearchOverrides):
+        with pytest.raises(SystemExit):
+            config.parse_arguments(kind, "", ["--help"])
+        said = " ".join(capsys.readouterr().out.replace("│", "").split())
+        explained.append(re.findall(r" ([A-Z][^()]+)\.(?: \([^()]*\)\.)? \(default", said))
+    assert explained[0] == explained[1] and len(explained[0]) == len(own)
+
+
+def test_type_checkers_are_told_of_the_same_overrides():
+    told = next(
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(config.search)))
+        if isinstance(node, ast.ClassDef) and node.name == "_AllOptional"
+    )
+    fields = {node.target.id: ast.unparse(node.annotation) for node in told.body[1:]}
+    plain = typing.get_type_hints(config.SearchOverrides)
+    assert fields == {
+        name: f"{typing.get_args(kind)[0].__name__} | None" for name, kind in plain.items()
+    }
 
 
 @pytest.mark.parametrize(

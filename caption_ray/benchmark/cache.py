@@ -22,6 +22,7 @@ from caption_ray import config, storage
 from caption_ray.benchmark import measuring, runs
 from caption_ray.benchmark.model import COCO_SPREAD, COCO_WORDS
 from caption_ray.data import feature_shards
+from caption_ray.config import Count
 from caption_ray.data.dataset import FeatureFile, ShardFile
 from caption_ray.data.pipeline import Batch, batches
 from caption_ray.data.plan import plan_epoch
@@ -43,9 +44,9 @@ ROWS_PER_SHARD = 500
 class Cache:
     """The `seed` preset's training: streamed features, and its encoder at each step instead."""
 
-    pictures: int = 3000
+    pictures: Count = 3000
     """Pictures with features on disk, 262 kB each; an epoch's time is extrapolated from them."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """As --train.precision."""

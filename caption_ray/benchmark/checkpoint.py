@@ -16,6 +16,7 @@ import torch
 from caption_ray import config, storage
 from caption_ray.benchmark import measuring
 from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.config import Count, Uri
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
 from caption_ray.training import loop
@@ -27,14 +28,14 @@ class Checkpoint:
 
     preset: Literal["shapes", "coco"] = "shapes"
     """Whose captioner is trained, with random weights on random pictures."""
-    storage: str | None = None
+    storage: Uri | None = None
     """URI of a folder for the checkpoints, which stay there; None: a temporary one on this
     machine."""
-    steps: int = 24
+    steps: Count = 24
     """Steps of each measurement, with one checkpoint after a third of them."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Pictures of a step."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured."""
     quick: bool = False
     """Two rounds."""

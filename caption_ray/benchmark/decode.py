@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from caption_ray.benchmark import measuring, pictures
+from caption_ray.config import Count, Uri
 from caption_ray.data import transforms
 
 SIZE = 224
@@ -25,11 +26,11 @@ SHORTER_SIDE = 256
 class Decode:
     """Decoding and resizing on one core, of originals and of pictures that ingest shrank."""
 
-    pictures: str | None = None
+    pictures: Uri | None = None
     """A folder of JPEGs; None: made-up ones of 640 x 480."""
-    images: int = 200
+    images: Count = 200
     """How many of them."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured."""
     quick: bool = False
     """Two rounds of 40 pictures."""

@@ -19,6 +19,7 @@ from matplotlib import pyplot
 from numpy.typing import NDArray
 
 from caption_ray.benchmark import measuring
+from caption_ray.config import Name, Parallel, Positive, Uri
 
 SAMPLE_SECONDS = 5.0
 
@@ -32,13 +33,13 @@ MIB = 2**20
 class Memory:
     """Memory of a training run over time, with a picture of the curves."""
 
-    minutes: float = 30.0
+    minutes: Positive = 30.0
     """How long the run goes on."""
-    num_cpus: int = 2
+    num_cpus: Parallel = 2
     """CPUs that Ray counts on."""
-    arguments: str = "shapes"
+    arguments: Name = "shapes"
     """Arguments of jobs/train.py; the run is stopped when its time is over."""
-    picture: str = "memory.png"
+    picture: Uri = "memory.png"
     """PNG file for the curves."""
     quick: bool = False
     """One minute."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from caption_ray import config
 from caption_ray.benchmark import measuring
+from caption_ray.config import Count
 from caption_ray.model.captioner import build_decoder
 from caption_ray.model.decoder import END, PAD, START, Decoder, DecoderOutput
 from caption_ray.model.loss import token_loss
@@ -34,9 +35,9 @@ PADDED = 49
 class Model:
     """A decoder's training step: forward, backward, optimizer; encoders are not in it."""
 
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured."""
-    steps: int = 4
+    steps: Count = 4
     """Steps in each round."""
     bfloat16: bool = False
     """Under autocast; False: float32."""

@@ -21,6 +21,7 @@ import torch
 from caption_ray import config, storage
 from caption_ray.benchmark import measuring, pictures, runs
 from caption_ray.benchmark.plain import Epoch, Shards, collate
+from caption_ray.config import Count, Parallel, Uri
 from caption_ray.data import shards
 from caption_ray.data.dataset import DataSet, ShardFile, open_shards
 from caption_ray.data.ingest import IMAGES_PER_SHARD, ingest
@@ -38,13 +39,13 @@ SIZE = 224
 class Pipeline:
     """An epoch of uint8 batches: Ray Data, torch's DataLoader and a bare loop on the same cores."""
 
-    source: str | None = None
+    source: Uri | None = None
     """Pictures in COCO's layout (see jobs/ingest.py); None: made-up ones of 640 x 480."""
-    images: int = 12000
+    images: Count = 12000
     """Pictures of an epoch; those of the source come as often as that takes."""
-    num_cpus: int | None = None
+    num_cpus: Parallel | None = None
     """Cores to decode with; None: all of this machine."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured."""
     quick: bool = False
     """Two rounds of 500 pictures."""

@@ -11,25 +11,25 @@ from pathlib import Path
 import torch
 
 from caption_ray.benchmark import measuring, plain, runs, train
-from caption_ray.config import Config
+from caption_ray.config import Config, Count, Parallel, Uri
 
 
 @dataclass
 class Scale:
     """Ray Train with one worker and with several: one GPU each, or so many threads on a CPU."""
 
-    workers: int = 2
+    workers: Parallel = 2
     """How many the several are."""
-    threads: int = 1
+    threads: Parallel = 1
     """Threads of each on a CPU."""
-    pictures: int = 2048
+    pictures: Count = 2048
     """Pictures that a worker learns from in each measurement."""
-    storage: str | None = None
+    storage: Uri | None = None
     """URI of a folder that all nodes reach, for pictures and checkpoints, which stay there; None: a
     temporary one on this machine."""
-    num_cpus: int | None = None
+    num_cpus: Parallel | None = None
     """CPUs that Ray counts on; None: all of this machine."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured."""
     quick: bool = False
     """Two rounds of 800 pictures."""

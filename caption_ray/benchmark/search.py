@@ -10,6 +10,7 @@ from torch import Tensor
 
 from caption_ray import config
 from caption_ray.benchmark import measuring
+from caption_ray.config import Count, Length, Name
 from caption_ray.model.captioner import build_decoder
 from caption_ray.model.decoder import END, PAD, START, Decoder
 from caption_ray.model.search import beam_search, greedy
@@ -22,15 +23,15 @@ REGIONS = 196
 class Search:
     """Captions from regions, with the `coco` preset's decoder; encoders are not in it."""
 
-    decoder: str = "soft"
+    decoder: Name = "soft"
     """Which decoder."""
-    images: int = 32
+    images: Count = 32
     """Images of a batch."""
-    beam_size: int = 5
+    beam_size: Length = 5
     """Captions that are followed at a time."""
-    max_length: int = 20
+    max_length: Length = 20
     """Words of a caption; random weights mostly go on to the last."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured."""
     quick: bool = False
     """Two rounds, eight images."""

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import numpy as np
@@ -23,12 +23,14 @@ import ray
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
+from pydantic import Field
 from ray import serve
 
 from caption_ray import cluster, config
 from caption_ray.benchmark import measuring
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.predictor import Predictor
+from caption_ray.config import Count, Parallel, Uri
 from caption_ray.data import shapes
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
@@ -39,13 +41,13 @@ from caption_ray.serving import app
 class Serve:
     """The endpoint, beside the predictor alone in full batches and a plain FastAPI server."""
 
-    checkpoint: str | None = None
+    checkpoint: Uri | None = None
     """A checkpoint or run; None: the `coco` preset's captioner with random weights."""
-    picture: str | None = None
+    picture: Uri | None = None
     """A picture to send; None: a drawn scene as JPEG of 640 x 480."""
-    clients: tuple[int, ...] = (1, 8, 32, 128)
+    clients: Annotated[tuple[Parallel, ...], Field(min_length=1)] = (1, 8, 32, 128)
     """Numbers of clients that ask at the same time, each one request after the other."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured; medians are reported."""
     haproxy: bool = False
     """With HAProxy in place of Ray's own proxy (README, "Serving"); needs the package

@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from caption_ray.benchmark import measuring, plain, runs
+from caption_ray.config import Count, Parallel, Uri
 
 BESIDE = ("read", "decode", "batch")
 """What other processes do meanwhile."""
@@ -17,14 +18,14 @@ class Train:
     """An epoch of `shapes` through Ray Train and Ray Data, beside a plain loop with torch's
     DataLoader."""
 
-    pictures: int = 4096
+    pictures: Count = 4096
     """Pictures of an epoch."""
-    storage: str | None = None
+    storage: Uri | None = None
     """URI of a folder that all nodes reach, for pictures and checkpoints, which stay there; None: a
     temporary one on this machine."""
-    num_cpus: int | None = None
+    num_cpus: Parallel | None = None
     """CPUs that Ray counts on; None: all of this machine."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often everything is measured."""
     quick: bool = False
     """Two rounds of 1600 pictures."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from caption_ray import storage
 from caption_ray.captioning.metrics import MetricsError, Scores, score
+from caption_ray.config import Uri, parse_arguments
 
 
 def read_references(uri: str) -> dict[int, list[str]]:
@@ -74,27 +76,30 @@ def table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class Arguments:
+    """Score captions that are in files, without model or Ray.
+
+    Prints a table and, as the last line, the metrics as one JSON object.
+    """
+
+    references: Uri
+    """COCO caption annotations: a file or URI."""
+    results: Uri
+    """Captions as COCO's evaluation server takes them: a file or URI."""
+    java: bool = True
+    """Also METEOR and SPICE, if Java and pycocoevalcap are there."""
+
+
 def main() -> None:
-    import tyro
-
-    def arguments(references: str, results: str, java: bool = True) -> None:
-        """Score captions that are in files, without model or Ray.
-
-        Prints a table and, as the last line, the metrics as one JSON object.
-
-        Args:
-            references: COCO caption annotations: a file or URI.
-            results: Captions as COCO's evaluation server takes them: a file or URI.
-            java: Also METEOR and SPICE, if Java and pycocoevalcap are there.
-        """
-        try:
-            scores = score(*match(read_references(references), read_results(results)), java=java)
-        except MetricsError as error:
-            sys.exit(f"error: {error}")
-        print(table(scores))
-        print(json.dumps(scores.corpus))
-
-    tyro.cli(arguments)
+    arguments = parse_arguments(Arguments)
+    try:
+        references, results = read_references(arguments.references), read_results(arguments.results)
+        scores = score(*match(references, results), java=arguments.java)
+    except MetricsError as error:
+        sys.exit(f"error: {error}")
+    print(table(scores))
+    print(json.dumps(scores.corpus))
 
 
 if __name__ == "__main__":

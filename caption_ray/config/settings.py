@@ -1,0 +1,407 @@
+"""The settings, section by section: type, bounds, default and meaning of each, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from caption_ray.config.bounds import (
+    Count,
+    CountOrZero,
+    CPUs,
+    GPUs,
+    Name,
+    Parallel,
+    Positive,
+    PositiveOrZero,
+    Project,
+    RunName,
+    Section,
+    Seed,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Size,
+    Uri,
+    Weights,
+    check,
+    from_environment,
+    require,
+)
+from caption_ray.config.search import SearchConfig, check_lengths
+
+STORAGE_VARIABLE = "CAPTION_RAY_STORAGE"
+"""Environment variable that moves the default run storage, for jobs and serving alike."""
+
+
+def default_storage() -> str:
+    """Where runs are kept unless `--run.storage` says otherwise.
+
+    Raises ValueError if the environment variable is set, but empty.
+    """
+    return from_environment(STORAGE_VARIABLE) or "./runs"
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Pictures and captions."""
+
+    shards: Uri | None = None
+    """URI of the shards that `jobs/ingest.py` wrote. With neither this nor `source`, the embedded
+    data set `shapes` is drawn, and ingested into the run storage once."""
+
+    source: Uri | None = None
+    """URI of a data set in COCO's layout, streamed picture by picture without an ingest (slower).
+    """
+
+    captions_per_image: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Captions of a picture that share one decoding and one encoder pass. Where a picture has more,
+    a new choice is drawn for each epoch."""
+
+    caption_length: Annotated[int, Field(ge=3, le=1000)] = 22
+    """Tokens of a training caption, including its start and end tokens; longer captions are cut.
+    """
+
+    min_word_count: Count = 5
+    """Words that are rarer than this in the training captions become the unknown word."""
+
+    max_words: Count | None = None
+    """Keep only this many of the most frequent words; None keeps all."""
+
+    max_images: Count | None = None
+    """Train only on this many images of the (shuffled) training split; None trains on all."""
+
+    min_crop: ShareAboveZero = 0.8
+    """Smallest share of a picture's area that a random training crop keeps; 1 turns crops off."""
+
+    flip: bool = True
+    """Mirror half of the training pictures, except those whose captions mention left or right."""
+
+    max_bad_images: Share = 0.01
+    """Share of an epoch's pictures that may be unreadable before the run stops, naming them."""
+
+    decode: Literal["auto", "near", "far", "device"] = "auto"
+    """Where pictures are decoded: `near`, in threads of the training worker, so that decoded
+    pictures need not be moved; `far`, in Ray tasks on any node; `device`, training pictures on the
+    worker's GPU (nvJPEG), which rounds differently from CPUs and takes time from the model. `auto`
+    means near, unless other nodes have more CPUs for it than the worker's own; it never means
+    device, whose effect on training has not been measured yet."""
+
+    decode_workers: Parallel | None = None
+    """CPUs that each training worker may use for reading and far decoding, and its threads for near
+    decoding; None means its share of the CPUs that training leaves free in the cluster, and of the
+    cores of its node."""
+
+    features: Literal["auto", "on", "off"] = "auto"
+    """Train on the frozen encoder's output, computed once for each picture and kept beside the
+    shards (float16), instead of on pictures. `auto` does so where the result is the same and it
+    pays: a frozen encoder, no random crops or flips, shards, and more than one epoch."""
+
+    shapes_train: Count = 6000
+    """Scenes in the training split of `shapes`."""
+
+    shapes_val: Count = 500
+    """Scenes in the validation split of `shapes`."""
+
+    shapes_seed: Seed = 0
+    """Seed of the scenes of `shapes`."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig(Section):
+    """From pixels to a grid of regions."""
+
+    name: Name = "resnet101"
+    """Any torchvision classification backbone, or `small`: a compact one to train from scratch."""
+
+    weights: Weights = "DEFAULT"
+    """One of torchvision's names for the backbone's weights (`DEFAULT`, `IMAGENET1K_V1`, ...), the
+    URI of a state dict (.pth or .safetensors), or `none` for random weights. A backbone with random
+    weights that trains at all trains as a whole, including its batch-norm statistics."""
+
+    trainable_from: Name = "none"
+    """Fine-tune the backbone from this stage on (`layer3`, `features.5`, ...); `none` freezes the
+    whole backbone, `all` trains it."""
+
+    batch_norm: Literal["frozen", "train"] = "frozen"
+    """Batch-norm statistics of the trainable stages: keep those of the weights, or learn them.
+    Frozen stages always keep theirs."""
+
+    image_size: Size = 256
+    """Height and width, in pixels, of the backbone's input."""
+
+    image_fit: Literal["stretch", "crop"] = "stretch"
+    """How a picture becomes square outside training: stretched, or cropped to its centre."""
+
+    grid: Size | None = None
+    """Pool the feature map to grid x grid regions; None keeps the backbone's own grid."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig(Section):
+    """From regions to words."""
+
+    name: Name = "soft"
+    """Which decoder: `soft` (Show, Attend and Tell), `adaptive` (soft attention with a sentinel, so
+    that a word may rely on the words before it alone; Lu et al. 2017) or `transformer`. The
+    settings below name the decoders that they are for."""
+
+    cell: Literal["lstm", "gru"] = "lstm"
+    """Recurrent cell (soft)."""
+
+    embedding_dim: Size = 512
+    """Size of the word embeddings (soft, adaptive)."""
+
+    hidden_dim: Size = 512
+    """Size of the recurrent state, or the width of the transformer."""
+
+    attention_dim: Size = 512
+    """Size of the space in which attention compares regions with the state (soft, adaptive)."""
+
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Number of layers (transformer)."""
+
+    num_heads: Size = 8
+    """Attention heads in each layer; must divide `hidden_dim` (transformer)."""
+
+    feedforward_dim: Size = 2048
+    """Inner size of the feed-forward part of each layer (transformer)."""
+
+    region_dim: Size | None = None
+    """Project regions to this size, followed by a ReLU, before attention; None leaves them as the
+    encoder gives them (soft; the others project to `hidden_dim`)."""
+
+    initial_state: Literal["mean", "zeros"] = "mean"
+    """First recurrent state: computed from the mean region, or zeros (soft)."""
+
+    gate: bool = True
+    """Scale the attended region by a learnt gate (soft; Show, Attend and Tell, section 4.2.1)."""
+
+    output: Literal["deep", "mlp"] = "deep"
+    """Compute logits from embedding, state and attended region (deep output), or from the state
+    alone through one hidden layer (soft)."""
+
+    dropout: ShareBelowOne = 0.5
+    """Dropout on embeddings and before the logits."""
+
+    tie_embeddings: bool = False
+    """Share the weights of the word embeddings with the output layer (soft)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The captioner: all that a checkpoint needs to be rebuilt."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """From pixels to regions."""
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """From regions to words."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """The training loop."""
+
+    stage: Literal["cross-entropy", "self-critical"] = "cross-entropy"
+    """Objective: predict the reference captions word by word, or raise the score of the model's own
+    captions (CIDEr-D; self-critical training, Rennie et al. 2017). The second stage begins where
+    the first ended: see `start_from`."""
+
+    start_from: Uri | None = None
+    """Checkpoint, run (its best checkpoint) or folder of runs whose weights and vocabulary a new
+    run starts with."""
+
+    epochs: Count = 20
+    """Passes over the training split."""
+
+    batch_size: Count = 64
+    """Images per step and worker (each with up to `captions_per_image` captions)."""
+
+    accumulation: Count = 1
+    """Split each batch into this many parts and sum their gradients: less memory, same result."""
+
+    learning_rate: Positive = 4e-4
+    """Peak learning rate of the decoder."""
+
+    encoder_learning_rate: PositiveOrZero = 1e-4
+    """Peak learning rate of the trainable part of the encoder."""
+
+    weight_decay: PositiveOrZero = 0.0
+    """Decoupled weight decay (AdamW), on matrices only."""
+
+    warmup_steps: CountOrZero = 500
+    """Steps over which the learning rate rises linearly from zero."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+
+    max_grad_norm: Positive = 5.0
+    """Clip gradients to this global norm."""
+
+    attention_regularization: PositiveOrZero = 1.0
+    """Weight of the doubly stochastic regulariser (Show, Attend and Tell, section 4.2.1)."""
+
+    label_smoothing: ShareBelowOne = 0.0
+    """Share of the target probability that is spread over the vocabulary (cross-entropy stage)."""
+
+    scheduled_sampling: Share = 0.0
+    """Largest probability with which the model's own word replaces the reference word as input, so
+    that it learns to recover from its mistakes (cross-entropy stage; Bengio et al. 2015)."""
+
+    scheduled_sampling_epochs: Count = 25
+    """Epochs over which that probability rises linearly from zero."""
+
+    samples_per_image: Annotated[int, Field(ge=2, le=1000)] = 5
+    """Captions drawn for each image in the self-critical stage; each is measured against the mean
+    score of the others."""
+
+    ema_decay: ShareBelowOne = 0.0
+    """Above 0, validate, save and serve an exponential moving average of the weights, of which this
+    share is kept at each step (0.999, for example)."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast type. `auto` means bfloat16 on GPUs that support it and on CPUs with AMX, float32
+    elsewhere (on CPUs with bfloat16 but without AMX, bfloat16 is slower)."""
+
+    compile: bool = True
+    """On GPUs, run the decoder's recurrence with kernels compiled for it, launched as CUDA graphs;
+    the first steps take longer, and nodes need a C compiler."""
+
+    seed: Seed = 0
+    """Seed of the initial weights, of dropout and of the order of pictures in each epoch."""
+
+    deterministic: bool = False
+    """Make runs with the same seed give the same weights bit for bit: deterministic kernels and a
+    fixed order of blocks."""
+
+    num_workers: Parallel = 1
+    """Training workers: one GPU each where the cluster has GPUs."""
+
+    min_workers: Parallel | None = None
+    """Train with as few workers as this while nodes are missing, and add workers as nodes come, up
+    to `num_workers`; None always trains with `num_workers`."""
+
+    cpus_per_worker: CPUs = 1.0
+    """CPUs that Ray reserves for each training worker; the remaining CPUs decode pictures."""
+
+    threads: Parallel | None = None
+    """Threads that a training worker computes with on a CPU; None means an even share of the cores
+    of its node."""
+
+    use_gpu: bool | None = None
+    """Train on GPUs; None does so if the cluster has any."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How workers exchange gradients; `auto` means NCCL between GPUs and gloo between CPUs. With
+    gloo, a worker that Ray gave a GPU which torch does not find computes on the CPU: so a cluster
+    whose GPU nodes come and go can be tried without GPUs."""
+
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints within an epoch; None leaves them to `checkpoint_seconds`."""
+
+    checkpoint_seconds: Positive | None = 600.0
+    """Seconds between checkpoints within an epoch, which limit what a failure costs; None saves
+    only at the end of each epoch."""
+
+    keep_checkpoints: Count = 2
+    """Number of newest checkpoints to keep, besides the best one and those that wait for their
+    validation."""
+
+    validation_images: Count | None = None
+    """Validate only on this many images of the validation split; None validates on all."""
+
+    validation_gpus: GPUs | None = None
+    """GPUs for captioning the validation split while training goes on; None means 1 where the
+    cluster has more GPUs than training workers, else 0, which captions on CPUs."""
+
+    patience: Count | None = None
+    """Stop after this many validations in a row without a better CIDEr-D; None never does."""
+
+    sample_captions: CountOrZero = 8
+    """Validation pictures whose captions the tracker shows after each epoch."""
+
+    max_failures: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 3
+    """How often dead workers are replaced before the run gives up; the count resets after progress;
+    -1 means without limit."""
+
+    log_every: Count = 100
+    """Steps between progress lines on the console and points in the tracker."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """Where a run lives and who follows it."""
+
+    storage: Uri = field(default_factory=default_storage)
+    """URI of the folder that holds all runs (default: $CAPTION_RAY_STORAGE, else ./runs)."""
+
+    name: RunName | None = None
+    """Name of this run and of its folder. A run that is started again under its name resumes; None
+    makes a new name from the time."""
+
+    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
+    """Where metrics and pictures are logged besides the console. Weights & Biases works offline
+    without a key."""
+
+    project: Project = "caption_ray"
+    """Project in Weights & Biases."""
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """Everything one training run depends on."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Pictures and captions."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The captioner."""
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """How captions are searched for."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Storage and tracking."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        _check_together(self)
+
+
+# Checks of several settings at once -----------------------------------------------------------
+
+
+def _check_together(config: Config) -> None:
+    """Raise ValueError where settings contradict each other."""
+    data, train, decoder = config.data, config.train, config.model.decoder
+    check_lengths(config.search)
+    require(
+        train.min_workers is None or train.min_workers <= train.num_workers,
+        "train.min-workers",
+        train.min_workers,
+        f"give 1 to --train.num-workers ({train.num_workers}), or None",
+    )
+    require(
+        train.stage == "cross-entropy" or train.accumulation == 1,
+        "train.accumulation",
+        train.accumulation,
+        "the self-critical stage does not split batches: give 1 and a smaller --train.batch-size",
+    )
+    require(
+        data.shards is None or data.source is None,
+        "data.source",
+        data.source,
+        f"give it or --data.shards ({data.shards!r}), not both",
+    )
+    require(
+        not (decoder.tie_embeddings and decoder.output == "mlp"),
+        "model.decoder.tie-embeddings",
+        decoder.tie_embeddings,
+        "it needs --model.decoder.output deep",
+    )
