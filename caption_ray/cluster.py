@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from caption_ray import ray_internals
+from caption_ray.config import from_environment
 
 GPU_VARIABLE = "CAPTION_RAY_NUM_GPUS"
 """Environment variable that says that GPUs can be had although none is up: clusters that start GPU
@@ -139,8 +140,20 @@ def progress_bar(total: int, doing: str, shown: bool, unit: str = "image") -> tq
 
 def num_gpus() -> int:
     """GPUs of the cluster as it stands, and at least as many as $CAPTION_RAY_NUM_GPUS promises."""
-    promised = math.ceil(float(os.environ.get(GPU_VARIABLE, 0)))
+    promised = math.ceil(promised_gpus() or 0)
     return max(promised, int(ray.cluster_resources().get("GPU", 0)))
+
+
+def promised_gpus() -> float | None:
+    """What $CAPTION_RAY_NUM_GPUS says, None without it. Raises ValueError if that is no number."""
+    promised = from_environment(GPU_VARIABLE)
+    try:
+        number = None if promised is None else float(promised)
+        if number is None or 0 <= number < math.inf:
+            return number
+    except ValueError:
+        pass
+    raise ValueError(f"${GPU_VARIABLE} is {promised!r}: give a number of GPUs, or unset it")
 
 
 def num_nodes() -> int:

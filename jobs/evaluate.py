@@ -7,8 +7,8 @@ scores of each image, and a report to look at.
 
 from dataclasses import dataclass, field
 
-from caption_ray.captioning import checkpoint, run_folder
 from caption_ray import cluster, config
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data.dataset import open_shards
 from caption_ray.evaluation import scorecard
 

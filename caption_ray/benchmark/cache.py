@@ -21,8 +21,8 @@ import torch
 from caption_ray import config, storage
 from caption_ray.benchmark import measuring, runs
 from caption_ray.benchmark.model import COCO_SPREAD, COCO_WORDS
-from caption_ray.data import feature_shards
 from caption_ray.config import Count
+from caption_ray.data import feature_shards
 from caption_ray.data.dataset import FeatureFile, ShardFile
 from caption_ray.data.pipeline import Batch, batches
 from caption_ray.data.plan import plan_epoch

@@ -6,7 +6,9 @@ or ray.
 """
 
 from caption_ray.config.bounds import (
+    RULES,
     SMALLEST,
+    Bytes,
     Count,
     FileName,
     GPUs,
@@ -50,8 +52,10 @@ from caption_ray.config.settings import (
 __all__ = [
     "DEFAULT_PRESET",
     "PRESETS",
+    "RULES",
     "SMALLEST",
     "STORAGE_VARIABLE",
+    "Bytes",
     "Config",
     "Count",
     "DataConfig",

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 SMALLEST = 1e-6
@@ -27,7 +27,7 @@ MOST, HIGHEST = 2**31 - 1, 1e9
 """Largest numbers of most settings: what 32 bits count to, and what multiplied by a weight or a
 time is still a number. A remedy mentions them only to whoever exceeds them."""
 
-RULES: dict[str, Any] = {"allow_inf_nan": False, "str_min_length": 1}
+RULES = ConfigDict(allow_inf_nan=False, str_min_length=1)
 """pydantic's form of the two rules; that blanks alone are no text either is for `check`."""
 
 
@@ -68,6 +68,7 @@ Parallel = Annotated[int, Field(ge=1, le=100_000)]
 """Workers, threads and clients."""
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """What both numpy and torch take."""
+Bytes = Annotated[int, Field(ge=1, le=2**40)]
 Positive = Annotated[float, Field(gt=0, le=HIGHEST)]
 PositiveOrZero = Annotated[float, Field(ge=0, le=HIGHEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -117,7 +118,7 @@ FileName = Annotated[
 class Section:
     """Base of the sections: a key that is not a field is an error, also when read from JSON."""
 
-    __pydantic_config__ = {"extra": "forbid", "strict": False, **RULES}
+    __pydantic_config__ = ConfigDict(extra="forbid", **RULES)
 
 
 def require(ok: bool, option: str, value: object, remedy: str) -> None:
@@ -175,10 +176,10 @@ def _problem(kind: type, name: str, value: object) -> Any:
 
 @functools.cache
 def _adapters(kind: type) -> dict[str, Any]:
-    from pydantic import ConfigDict, TypeAdapter
+    from pydantic import TypeAdapter
 
     # converts nothing, and strips texts only to see whether anything is left
-    rules: Any = ConfigDict(strict=True, str_strip_whitespace=True) | RULES
+    rules = ConfigDict(strict=True, str_strip_whitespace=True, **RULES)
     return {
         name: TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else rules)
         for name, hint in hints(kind).items()
@@ -248,7 +249,9 @@ def _in_words(hint: Any, problem: Mapping[str, Any]) -> str:
     if base in (int, float):
         if "le" in bounds and bounds["le"] >= HIGHEST and problem["type"] != "less_than_equal":
             del bounds["le"]
-        return ("a whole number" if base is int else "a number") + _range(bounds)
+        is_endless = problem["type"] == "finite_number"
+        kind = "whole number" if base is int else "finite number" if is_endless else "number"
+        return f"a {kind}{_range(bounds)}"
     return {bool: "True or False", str: "a text"}.get(base, f"a {getattr(base, '__name__', base)}")
 
 

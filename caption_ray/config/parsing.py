@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,15 +112,17 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], values: dict[str, Any], origin: str) -> T:
-    """The inverse of `to_dict`, checked.
+    """The inverse of `to_dict`, checked; `kind` may also be a pydantic model.
 
     Raises ValueError naming `origin`, the key, the value and what is valid on anything unknown,
     ill-typed or out of bounds.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(values)
+        reader: Any = _reader  # a type is hashable, whatever mypy says
+        found: T = reader(kind).validate_python(values)
+        return found
     except ValidationError as error:
         problem = error.errors()[0]
         path = ".".join(str(part) for part in problem["loc"])
@@ -127,13 +130,21 @@ def from_dict(kind: type[T], values: dict[str, Any], origin: str) -> T:
         if not path:  # of several settings together, which the message names
             raise ValueError(f"{origin}: {advice}") from None
         above, name = _section_at(kind, problem["loc"])
-        if problem["type"] == "unexpected_keyword_argument":
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             valid = list(hints(above))
             close = difflib.get_close_matches(name, valid, n=1)
-            advice += f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            advice = f"unknown{meant}; valid: {', '.join(valid)}"
         elif name in hints(above) and problem["type"] != "missing":
             advice = remedy(above, name, problem)
         raise ValueError(f"{origin}: {path} = {shown(problem['input'])}: {advice}") from None
+
+
+@functools.cache
+def _reader(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _section_at(kind: type, path: Sequence[int | str]) -> tuple[type, str]:

@@ -7,12 +7,11 @@ Each scales independently. Importing this has no side effects: `build_app` build
 
 from __future__ import annotations
 
-import os
-from typing import Any, cast
+from typing import Any
 
 import ray
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
@@ -20,9 +19,21 @@ from ray.serve.exceptions import RayServeException
 from caption_ray import cluster
 from caption_ray.captioning.checkpoint import CheckpointError
 from caption_ray.captioning.predictor import Predictor
-from caption_ray.config import default_storage
+from caption_ray.config import (
+    RULES,
+    Bytes,
+    GPUs,
+    Name,
+    Parallel,
+    Positive,
+    PositiveOrZero,
+    Uri,
+    default_storage,
+    from_dict,
+    from_environment,
+)
 from caption_ray.serving.auth import Tokens
-from caption_ray.serving.errors import Strict, explain
+from caption_ray.serving.errors import Strict
 from caption_ray.serving.fetch import check_allow_list
 from caption_ray.serving.ingress import Ingress
 from caption_ray.serving.replica import DEPLOYMENT, CaptionerReplica, Serving, describe
@@ -42,81 +53,73 @@ admits, so that it is the ingress that refuses, in JSON and with a computed Retr
 class Arguments(Strict):
     """The `args` in serve_config.yaml, or `key=value` after `serve run`."""
 
-    checkpoint: str = Field(
-        default_factory=lambda: os.environ.get(CHECKPOINT_VARIABLE, "best"),
-        min_length=1,
-        validate_default=True,
-    )
+    model_config = ConfigDict(str_strip_whitespace=True, validate_default=True, **RULES)
+
+    checkpoint: Uri = Field(default_factory=lambda: from_environment(CHECKPOINT_VARIABLE) or "best")
     """`best` or `latest` of the run in `storage` that was written to last, or the URI of a
     checkpoint or run (RUN means its best checkpoint, RUN/latest its latest); several URIs,
     separated by commas, caption together (default: $CAPTION_RAY_CHECKPOINT, else best)."""
 
-    storage: str = Field(default_factory=default_storage, min_length=1, validate_default=True)
+    storage: Uri = Field(default_factory=default_storage)
     """URI of the folder that holds all runs, or of one run (default: $CAPTION_RAY_STORAGE, else
     ./runs in the folder where Ray was started, which is that of `serve run` if it starts Ray
     itself)."""
 
-    follow_interval_s: float | None = Field(default=30.0, gt=0)
+    follow_interval_s: Positive | None = 30.0
     """Seconds between looks for a newer checkpoint of a run, which then takes the place of the one
     that is served; null: the one found at the start stays."""
 
-    num_gpus: float | None = Field(
-        default_factory=lambda: cast(float | None, os.environ.get(cluster.GPU_VARIABLE)),
-        ge=0,
-        validate_default=True,
-    )
+    num_gpus: GPUs | None = Field(default_factory=cluster.promised_gpus)
     """GPUs of each captioner, a fraction to share one; null: 1 if the cluster has any, else 0
     (default: $CAPTION_RAY_NUM_GPUS, for clusters that start GPU nodes on demand, else null)."""
 
-    cpu_threads: int | None = Field(default=None, ge=1)
+    cpu_threads: Parallel | None = None
     """Threads of a captioner without GPU; null: as many as its node has cores."""
 
     cuda_graphs: bool = True
     """On GPUs, run the checkpoint's search as CUDA graphs: a batch takes a fraction of the time, a
     start some seconds more."""
 
-    max_batch_size: int = Field(default=16, ge=1)
+    max_batch_size: Parallel = 16
     """Most pictures that are captioned at once."""
 
-    batch_wait_timeout_s: float = Field(default=0.0, ge=0)
+    batch_wait_timeout_s: PositiveOrZero = 0.0
     """Seconds that a picture waits for others on an idle device. On a busy one those that come in
     meanwhile make the next batch anyway."""
 
-    max_queue_s: float = Field(default=10.0, gt=0)
+    max_queue_s: Positive = 10.0
     """Seconds that a picture may be expected to wait for a captioner; one that would wait longer is
     refused at once (429), so that those admitted keep their latency."""
 
-    request_timeout_s: float = Field(default=30.0, gt=0)
+    request_timeout_s: Positive = 30.0
     """Seconds in which a picture must be captioned, its wait included (else 504)."""
 
-    body_timeout_s: float = Field(default=20.0, gt=0)
+    body_timeout_s: Positive = 20.0
     """Seconds in which a request's body must have arrived (else 408)."""
 
-    max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1)
+    max_body_bytes: Bytes = 10 * 1024 * 1024
     """Largest request body, in bytes (else 413)."""
 
-    max_buffered_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
+    max_buffered_bytes: Bytes = 256 * 1024 * 1024
     """Most bytes of bodies that one ingress holds at a time (else 429)."""
 
-    tokens_file: str | None = Field(
-        default_factory=lambda: os.environ.get(TOKENS_FILE_VARIABLE) or None
-    )
+    tokens_file: Uri | None = Field(default_factory=lambda: from_environment(TOKENS_FILE_VARIABLE))
     """File, on the nodes, with the tokens that are accepted in `Authorization: Bearer`, one per
     line; read again when it changes. Those in $CAPTION_RAY_TOKENS, separated by commas, are
     accepted too. With neither, everybody is served (default: $CAPTION_RAY_TOKENS_FILE, else null).
     """
 
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[Name, ...] = ()
     """Origins (https://example.org) whose pages may call from a browser."""
 
-    url_allow_list: tuple[str, ...] = ()
+    url_allow_list: tuple[Name, ...] = ()
     """Hosts (images.example.org, .example.org, 10.0.0.5:8080) from which pictures are fetched for
     OpenAI's clients; without any, they must send the picture itself."""
 
-    model_name: str = Field(default="caption_ray", min_length=1)
+    model_name: Name = "caption_ray"
     """What OpenAI's clients call the model."""
 
-    examples: str | None = None
+    examples: Uri | None = None
     """URI of a folder of pictures to try on the page (the first four by name); null: drawn scenes,
     which only a captioner that was trained on the embedded data set understands."""
 
@@ -136,11 +139,11 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
     or cannot caption: the application then never starts, and one already running continues. Raises
     the same for arguments that are unknown or out of bounds, and for tokens that cannot be read.
     """
-    try:
-        args = Arguments.model_validate(args)
-    except ValidationError as error:
-        problem = explain(error, Arguments).message
-        raise StartError(f"args of caption_ray.serving.app:build_app: {problem}") from error
+    if not isinstance(args, Arguments):
+        try:
+            args = from_dict(Arguments, args, "args of caption_ray.serving.app:build_app")
+        except ValueError as error:
+            raise StartError(str(error)) from error
     serving = Serving(
         checkpoint=args.checkpoint, storage=args.storage, follow_interval_s=args.follow_interval_s
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 import logging
-import os
 import time
 from pathlib import Path
+
+from caption_ray.config import from_environment
 
 TOKENS_VARIABLE = "CAPTION_RAY_TOKENS"
 """Environment variable with the accepted tokens, separated by commas."""
@@ -29,7 +30,9 @@ class Tokens:
 
     def __init__(self, file: str | None) -> None:
         """Raises ValueError if the file cannot be read or has no token, or a token is too short."""
-        self._fixed = _check(os.environ.get(TOKENS_VARIABLE, "").split(","), f"${TOKENS_VARIABLE}")
+        self._fixed = _check(
+            (from_environment(TOKENS_VARIABLE) or "").split(","), f"${TOKENS_VARIABLE}"
+        )
         self._file = Path(file).expanduser() if file else None
         self._from_file: list[bytes] = []
         self._stamp: tuple[int, int] | None = None

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 from ray.serve import metrics
 
 from caption_ray.captioning import run_folder
 from caption_ray.captioning.checkpoint import CheckpointError
 from caption_ray.captioning.predictor import Caption, Images, Predictor
-from caption_ray.config import EncoderConfig, SearchConfig
+from caption_ray.config import RULES, EncoderConfig, Positive, SearchConfig, Uri, from_dict
 from caption_ray.serving.batching import Batcher, QueueFullError
 from caption_ray.serving.contract import Answer, Options
 
@@ -42,17 +42,19 @@ logger = logging.getLogger("ray.serve")
 class Serving(BaseModel):
     """`user_config` of `Captioner` in serve_config.yaml, which may change while it serves."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, str_strip_whitespace=True, **RULES
+    )
 
-    checkpoint: str = Field(min_length=1)
+    checkpoint: Uri
     """`best` or `latest` of the run in `storage` that was written to last, or the URI of a
     checkpoint or run (see `run_folder.find`); several URIs, separated by commas, caption
     together."""
 
-    storage: str = Field(min_length=1)
+    storage: Uri
     """URI of the folder that holds all runs, or of one run."""
 
-    follow_interval_s: float | None = Field(gt=0)
+    follow_interval_s: Positive | None
     """Seconds between looks for a newer checkpoint, which then takes the place of the one that is
     served; null: only when this setting changes. A checkpoint's own URI never gets newer; of runs
     that caption together, a newer checkpoint of any is enough."""
@@ -253,9 +255,9 @@ class CaptionerReplica:
         if self.follower is not None:
             self.follower.cancel()
         try:
-            self.serving = Serving.model_validate(user_config)
-        except ValidationError as error:
-            self._refuse(str(user_config), f"user_config of the Captioner: {error}")
+            self.serving = from_dict(Serving, user_config, "user_config of the Captioner")
+        except ValueError as error:
+            self._refuse(str(user_config), str(error))
         else:
             await self._serve(self.serving)
         if self.predictor is None:

@@ -430,9 +430,9 @@ def test_a_checkpoint_that_cannot_caption_fails_before_anything_starts(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"chekpoint": "best"}, "chekpoint is 'best': .*valid: checkpoint, storage"),
-        ({"max_batch_size": 0}, "max_batch_size is 0: .*greater than or equal to 1"),
-        ({"num_gpus": "many"}, "num_gpus is 'many': .*valid number"),
+        ({"chekpoint": "best"}, "chekpoint = 'best': .*valid: checkpoint, storage"),
+        ({"max_batch_size": 0}, "max_batch_size = 0: give a whole number from 1"),
+        ({"num_gpus": "many"}, "num_gpus = 'many': give 0, a fraction of one GPU"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
