@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from caption_ray import cluster
+from caption_ray import cluster, storage
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import State
 from caption_ray.config import Config
