@@ -188,7 +188,7 @@ def test_nothing_is_above_a_bucket():
 
 
 def test_a_checkpoint_list_may_begin_with_a_plain_name():
-    from caption_ray.training import checkpoint
+    from caption_ray.captioning import checkpoint
 
     assert checkpoint.members("a,s3://b/c") == ["a", "s3://b/c"]
 
