@@ -22,11 +22,11 @@ import requests
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
+from vocabularies import vocabulary_of
 
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.predictor import Caption, Predictor, prepare_with_box
 from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, SearchConfig
-from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
 from caption_ray.serving.contract import Answer, Options, Status
 from caption_ray.serving.http import build_http
@@ -50,7 +50,7 @@ def _save_run(
     )
     decoder = DecoderConfig(embedding_dim=width, hidden_dim=width, attention_dim=width)
     model = ModelConfig(encoder, decoder)
-    vocabulary = Vocabulary.build(["a red circle is above the blue square"], 1, None)
+    vocabulary = vocabulary_of(["a red circle is above the blue square"], 1, None)
     captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
     with torch.no_grad():
         for parameter in captioner.parameters():

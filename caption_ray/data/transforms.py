@@ -193,14 +193,6 @@ def fit(image: Pixels, size: int, how: Fit) -> Pixels:
     return squeeze(image, fitting(height, width, how), size)
 
 
-def augment(
-    image: Pixels, size: int, min_crop: float, flip: bool, rng: np.random.Generator
-) -> Pixels:
-    """(H, W, 3) -> (size, size, 3): a `random_window` squeezed."""
-    height, width, _ = image.shape
-    return squeeze(image, random_window(height, width, min_crop, flip, rng), size)
-
-
 def visible(height: int, width: int, how: Fit) -> tuple[float, float, float, float]:
     """What `fit` keeps: left, top, right and bottom as fractions of the picture."""
     top, left, rows, columns, _ = fitting(height, width, how)

@@ -27,12 +27,6 @@ class Vocabulary:
         self._ids = {word: i for i, word in enumerate(self.words) if i >= len(SPECIAL)}
 
     @staticmethod
-    def build(captions: Iterable[str], min_count: int, max_words: int | None) -> Vocabulary:
-        """The vocabulary of captions; see `from_counts`."""
-        counts = Counter(word for caption in captions for word in tokenize(caption))
-        return Vocabulary.from_counts(counts, min_count, max_words)
-
-    @staticmethod
     def from_counts(counts: Mapping[str, int], min_count: int, max_words: int | None) -> Vocabulary:
         """The words that occur `min_count` times or more, at most `max_words` of them.
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vocabularies import vocabulary_of
 
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import CheckpointError, Loaded, State
@@ -37,7 +38,7 @@ def make_loaded(seed: int = 0, decoder: str = "soft") -> Loaded:
         ),
         DecoderConfig(name=decoder, embedding_dim=16, hidden_dim=16, attention_dim=16, num_heads=2),
     )
-    vocabulary = Vocabulary.build(["a red circle is above the blue square"], 1, None)
+    vocabulary = vocabulary_of(["a red circle is above the blue square"], 1, None)
     captioner = build_captioner(model, len(vocabulary), None, pretrained=False)
     with torch.no_grad():
         for parameter in captioner.parameters():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from vocabularies import vocabulary_of
 
 from caption_ray.data.vocabulary import END, PAD, SPECIAL, START, UNKNOWN, Vocabulary
 
@@ -16,33 +17,33 @@ def test_ids_of_the_special_words_are_fixed() -> None:
 
 
 def test_words_are_ordered_by_count_and_then_by_letters() -> None:
-    vocabulary = Vocabulary.build(CAPTIONS, min_count=1, max_words=None)
+    vocabulary = vocabulary_of(CAPTIONS, min_count=1, max_words=None)
     assert vocabulary.words[4:] == ["a", "dog", "sits", "café", "cat", "runs", "the"]
     assert len(vocabulary) == 11
 
 
 def test_the_order_of_the_captions_does_not_matter() -> None:
-    first = Vocabulary.build(CAPTIONS, 1, None)
-    assert first.words == Vocabulary.build(reversed(CAPTIONS), 1, None).words
+    first = vocabulary_of(CAPTIONS, 1, None)
+    assert first.words == vocabulary_of(reversed(CAPTIONS), 1, None).words
 
 
 def test_rare_words_are_left_out() -> None:
-    assert Vocabulary.build(CAPTIONS, 2, None).words[4:] == ["a", "dog", "sits"]
+    assert vocabulary_of(CAPTIONS, 2, None).words[4:] == ["a", "dog", "sits"]
 
 
 def test_only_the_most_frequent_words_are_kept() -> None:
-    assert Vocabulary.build(CAPTIONS, 1, 2).words[4:] == ["a", "dog"]
-    assert len(Vocabulary.build(CAPTIONS, 1, 100)) == 11
+    assert vocabulary_of(CAPTIONS, 1, 2).words[4:] == ["a", "dog"]
+    assert len(vocabulary_of(CAPTIONS, 1, 100)) == 11
 
 
 @pytest.mark.parametrize(("captions", "count"), [([], 1), (["...", "!"], 1), (CAPTIONS, 4)])
 def test_an_empty_vocabulary_is_refused(captions: list[str], count: int) -> None:
     with pytest.raises(ValueError, match=f"--data.min-word-count={count} times: lower it"):
-        Vocabulary.build(captions, count, None)
+        vocabulary_of(captions, count, None)
 
 
 def test_words_that_look_special_do_not_become_special() -> None:
-    vocabulary = Vocabulary.build(["<start> a <end> b"], 1, None)
+    vocabulary = vocabulary_of(["<start> a <end> b"], 1, None)
     assert vocabulary.words[4:] == ["a", "b"]
     assert vocabulary.encode("<end> a", 5).tolist() == [START, UNKNOWN, 4, END, PAD]
 
@@ -81,20 +82,20 @@ def test_an_unknown_id_is_refused(wrong: int) -> None:
 
 
 def test_encoding_and_decoding_gives_the_caption_back() -> None:
-    vocabulary = Vocabulary.build(CAPTIONS, 1, None)
+    vocabulary = vocabulary_of(CAPTIONS, 1, None)
     for caption in CAPTIONS:
         expected = caption.lower().rstrip(".")
         assert vocabulary.decode(vocabulary.encode(caption, 20)) == expected
 
 
 def test_composed_and_decomposed_accents_are_the_same_word() -> None:
-    vocabulary = Vocabulary.build(["caf\u00e9", "cafe\u0301"], 2, None)
+    vocabulary = vocabulary_of(["caf\u00e9", "cafe\u0301"], 2, None)
     assert vocabulary.words[4:] == ["caf\u00e9"]
     assert vocabulary.encode("cafe\u0301", 3).tolist() == [START, 4, END]
 
 
 def test_json_gives_the_vocabulary_back_and_can_be_read() -> None:
-    vocabulary = Vocabulary.build(CAPTIONS, 1, None)
+    vocabulary = vocabulary_of(CAPTIONS, 1, None)
     text = vocabulary.to_json()
     again = Vocabulary.from_json(text, "vocabulary.json")
     assert again.words == vocabulary.words
