@@ -40,9 +40,12 @@ SECTIONS = {
 def main() -> None:
     kinds = {name: kind for name, (kind, _) in SECTIONS.items()}
     options = parse_arguments(kinds, description=__doc__)
-    for kind, run in SECTIONS.values():
-        if isinstance(options, kind):
-            run(options)  # type: ignore[operator]
+    try:
+        for kind, run in SECTIONS.values():
+            if isinstance(options, kind):
+                run(options)  # type: ignore[operator]
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ class Arguments:
 def main() -> None:
     arguments = vars(config.parse_arguments(Arguments, description=__doc__))
     with_features, encoder = arguments.pop("features"), arguments.pop("encoder")
-    cluster.connect()
     try:
+        if with_features:
+            feature_cache.check_encoder(encoder)  # at once, before Ray starts
+        cluster.connect()
         index = ingest.ingest(**arguments)
         encoded = feature_cache.encode_shards(arguments["out"], encoder) if with_features else {}
     except (ValueError, storage.StorageError) as error:

@@ -11,8 +11,9 @@ from caption_ray.training import trainer
 
 def main() -> None:
     settings = config.parse(description=__doc__)
-    cluster.connect()
     try:
+        trainer.check(settings)  # at once, before Ray starts
+        cluster.connect()
         finished = trainer.train(settings)
     except (ValueError, storage.StorageError, trainer.RunError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 
-from caption_ray import config
+from caption_ray import cluster, config
 from caption_ray.config import bounds
 from caption_ray.evaluation import metrics
 from caption_ray.serving import app
+from caption_ray.serving.auth import Tokens
 from caption_ray.serving.replica import Serving
+from caption_ray.training import initial, trainer
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
@@ -274,3 +276,108 @@ def test_a_boolean_given_a_value_names_the_forms_that_work(given):
             said = str(ended.value.code)
             assert f"is {given[0]!r}: it takes no value" in said
             assert f"give {forms[0]} for True, or {forms[1]} for False" in said
+
+
+@pytest.mark.parametrize("name", ["a b", "lr=1e-3+x@y", "x" * 255, "run-20260101-000000", "..."])
+def test_run_names_that_work_are_taken(name):
+    config.check(config.RunConfig(name=name), "run.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lauf-ü", "a/b", "a\\b", "a?b", "a#b", "a%b", "a,b", ".", "..", "a\nb", "", "x" * 256, "名"],
+)
+def test_run_names_that_a_folder_or_rays_metrics_refuse_are_refused(name):
+    with pytest.raises(ValueError, match=r"^--run\.name is .*give a name of at most 255 char"):
+        config.check(config.RunConfig(name=name), "run.")
+
+
+@pytest.mark.parametrize("project", ["a/b", "a:b", "x" * 129])
+def test_projects_that_weights_and_biases_refuses_are_refused(project):
+    with pytest.raises(ValueError, match=r"^--run\.project is .*at most 128 characters without"):
+        config.check(config.RunConfig(project=project), "run.")
+
+
+@pytest.mark.parametrize("value", ["", " "])
+@pytest.mark.parametrize(
+    ("variable", "ask"),
+    [
+        ("CAPTION_RAY_STORAGE", lambda: config.parse([])),
+        ("CAPTION_RAY_STORAGE", lambda: config.parse_arguments(kinds()["caption"], "", PICTURES)),
+        ("CAPTION_RAY_STORAGE", lambda: app.build_app({})),
+        ("CAPTION_RAY_CHECKPOINT", lambda: app.build_app({})),
+        ("CAPTION_RAY_TOKENS_FILE", lambda: app.build_app({})),
+        ("CAPTION_RAY_NUM_GPUS", lambda: app.build_app({})),
+        ("CAPTION_RAY_NUM_GPUS", cluster.promised_gpus),
+        ("CAPTION_RAY_TOKENS", lambda: Tokens(None)),
+    ],
+)
+def test_an_environment_variable_that_is_set_to_nothing_is_refused_by_name(
+    variable, ask, value, monkeypatch
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        ask()
+    assert f"${variable} is {value!r}: it is empty; give it a value, or unset it" in str(
+        refused.value
+    )
+
+
+PICTURES = ["--images", "x", "--out", "y"]
+
+
+@pytest.mark.parametrize("value", ["many", "nan", "inf", "-1"])
+def test_what_is_no_number_of_gpus_is_refused_by_the_variables_name(value, monkeypatch):
+    monkeypatch.setenv("CAPTION_RAY_NUM_GPUS", value)
+    with pytest.raises(ValueError, match=r"^\$CAPTION_RAY_NUM_GPUS is .*: give a number of GPUs"):
+        cluster.promised_gpus()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --model.decoder.name lstm", "--model.decoder.name is 'lstm': give one of soft, "),
+        ("train --model.encoder.name vgg", "--model.encoder.name is 'vgg': give 'small' or one"),
+        ("train --model.encoder.trainable-from x", "--model.encoder.trainable-from is 'x': for sm"),
+        (
+            "train --model.encoder.weights DEFAULT",
+            "--model.encoder.weights is 'DEFAULT': for sm",
+        ),
+        (
+            "train --model.decoder.name transformer --model.decoder.num-heads 7",
+            "--model.decoder.hidden-dim is 256: give a multiple of --model.decoder.num-heads, 7",
+        ),
+        ("train coco-self-critical", "--train.stage is 'self-critical': "),
+        ("train --data.features on", "--data.features is 'on', but the encoder trains"),
+        ("ingest --features --encoder.weights none", "--encoder.weights is 'none': no run could"),
+        ("ingest --features --encoder.name vgg", "--encoder.name is 'vgg': give 'small' or one of"),
+        ("ingest --images-per-shard 0", "--images-per-shard is 0: give a whole number of at least"),
+        ("ingest --splits", "--splits is (): give a name, or several"),
+        ("ingest --seed -1", "--seed is -1: give a whole number of at least 0"),
+        ("evaluate --limit 0", "--limit is 0: give a whole number of at least 1, or None"),
+        ("evaluate --limit -1", "--limit is -1: give a whole number of at least 1, or None"),
+    ],
+)
+def test_what_cannot_work_ends_a_job_before_ray_starts(arguments, message, monkeypatch):
+    name, *rest = arguments.split()
+    if name != "train":
+        for field, given in required(kinds()[name]).items():
+            rest += [f"--{field}", given]
+    monkeypatch.setattr(sys, "argv", [name, *rest])
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was to be started"))
+    with pytest.raises(SystemExit) as ended:
+        job(name).main()
+    assert str(ended.value.code).startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_every_preset_stands_the_checks(preset):
+    settings = config.PRESETS[preset]()
+    if settings.train.stage == "self-critical":
+        train = dataclasses.replace(settings.train, start_from="a run")
+        settings = dataclasses.replace(settings, train=train)
+    trainer.check(settings)
+
+
+def test_a_backbone_that_cannot_be_built_without_memory_is_not_refused_for_it():
+    initial.check_encoder(config.EncoderConfig(name="regnet_y_400mf"))

@@ -23,6 +23,8 @@ def _options(kind, prefix=""):
             yield from _options(inner, f"{name}.")
         else:
             yield f"--{name}"
+            if inner is bool:  # a switch
+                yield f"--{prefix}no-{field.name.replace('_', '-')}"
 
 
 @pytest.mark.parametrize("file", ["README.md", "cluster.yaml", "serve_config.yaml"])

@@ -137,6 +137,13 @@ def is_weights_uri(weights: str) -> bool:
     return "/" in weights or weights.endswith((".pth", ".pt", ".safetensors"))
 
 
+def check_weights(config: EncoderConfig) -> None:
+    """Raise ValueError, naming the valid ones, for a name of weights that torchvision has not for
+    the backbone. Whether a file or URI is there, only reading it tells."""
+    if config.weights != "none" and not is_weights_uri(config.weights):
+        _torchvision_weights(config)
+
+
 # Backbones ------------------------------------------------------------------------------------
 
 

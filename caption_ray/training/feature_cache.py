@@ -33,7 +33,7 @@ from caption_ray.data.read_tasks import SliceSource
 from caption_ray.data.shards import Shard
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.encoder import Encoder, build_encoder, to_tensor
-from caption_ray.training.initial import initial_encoder
+from caption_ray.training import initial
 
 FOLDER = "features"
 ABOUT_FILE = "about.json"
@@ -60,7 +60,7 @@ def _reason_against(config: Config) -> str | None:
     if stage != "none":
         return f"the encoder trains (--model.encoder.trainable-from {stage})"
     if data.flip:
-        return "pictures are mirrored at random (--data.flip True)"
+        return "pictures are mirrored at random (--data.flip; --data.no-flip turns that off)"
     if data.min_crop < 1:
         return f"pictures are cropped at random (--data.min-crop {data.min_crop})"
     if data.source is not None:
@@ -71,21 +71,30 @@ def _reason_against(config: Config) -> str | None:
     return None
 
 
-def encode_shards(uri: str, config: EncoderConfig) -> dict[str, int]:
-    """Make the features of all training and validation pictures of the shards below `uri`, which
-    every run with such a frozen encoder then reads; how many pictures of each split have them.
-
-    Raises ValueError for an encoder that cannot be, or without weights.
-    """
+def check_encoder(config: EncoderConfig) -> None:
+    """Raise ValueError for an encoder that `encode_shards` cannot have."""
     require(
         config.weights != "none",
         "encoder.weights",
         config.weights,
         "no run could have the same random ones; give the weights that training will name",
     )
+    try:
+        initial.check_encoder(config)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model.encoder.", "--encoder.")) from None
+
+
+def encode_shards(uri: str, config: EncoderConfig) -> dict[str, int]:
+    """Make the features of all training and validation pictures of the shards below `uri`, which
+    every run with such a frozen encoder then reads; how many pictures of each split have them.
+
+    Raises ValueError for an encoder that cannot be, or without weights.
+    """
+    check_encoder(config)
     dataset = open_shards(uri)
     limits = {split: None for split in ("train", "val") if split in dataset.splits}
-    with_features(dataset, initial_encoder(config), config, limits=limits)
+    with_features(dataset, initial.initial_encoder(config), config, limits=limits)
     return {split: sum(dataset.rows(split)) for split in limits}
 
 

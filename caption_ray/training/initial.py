@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from caption_ray import storage
 from caption_ray.captioning import checkpoint
-from caption_ray.config import Config, EncoderConfig
+from caption_ray.config import Config, EncoderConfig, ModelConfig
+from caption_ray.data.vocabulary import SPECIAL
 from caption_ray.model.captioner import Captioner, build_captioner
-from caption_ray.model.encoder import Encoder, build_encoder, is_weights_uri
+from caption_ray.model.encoder import Encoder, build_encoder, check_weights, is_weights_uri
+
+
+def check_model(config: Config) -> None:
+    """Raise ValueError, as `build_captioner` does, for a captioner that cannot be: unknown names,
+    or sizes that do not fit each other."""
+    _check_buildable(config.model)
+    if config.train.start_from is None:  # else no weights are looked up
+        check_weights(config.model.encoder)
+
+
+def check_encoder(config: EncoderConfig) -> None:
+    """The same for an encoder alone."""
+    _check_buildable(ModelConfig(encoder=config))
+    check_weights(config)
+
+
+@functools.cache
+def _check_buildable(config: ModelConfig) -> None:
+    """By building it without memory, which takes a second where weights would take ten."""
+    # what computes when it is made cannot do so without memory: it is seen when it is built
+    with torch.device("meta"), contextlib.suppress(RuntimeError):
+        build_captioner(config, len(SPECIAL), None, pretrained=False)
 
 
 def initial_captioner(config: Config, vocab_size: int) -> Captioner:

@@ -28,8 +28,7 @@ from caption_ray.config import Config, require, to_dict
 from caption_ray.data.dataset import DataSet, open_shards, open_source
 from caption_ray.data.ingest import ensure_shapes
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.training import console, feature_cache, rewards, validation
-from caption_ray.training.initial import initial_captioner
+from caption_ray.training import console, feature_cache, initial, rewards, validation
 from caption_ray.training.worker import Assignment, work
 
 
@@ -55,6 +54,19 @@ class Finished:
     """URI of the data set."""
 
 
+def check(config: Config) -> None:
+    """Raise ValueError for settings that cannot work, as far as that shows without Ray and data:
+    for a job to ask before it starts anything."""
+    feature_cache.is_wanted(config)
+    require(
+        config.train.stage == "cross-entropy" or config.train.start_from is not None,
+        "train.stage",
+        config.train.stage,
+        "it begins with a captioner that cross-entropy trained; name its run as --train.start-from",
+    )
+    initial.check_model(config)
+
+
 def train(config: Config) -> Finished:
     """Train the configured captioner, or go on with the run of that name.
 
@@ -62,6 +74,7 @@ def train(config: Config) -> Finished:
     cannot work, RunError for a run that diverged or whose data is unreadable, Stopped after SIGINT
     or SIGTERM, and Ray's TrainingFailedError when workers die more often than allowed.
     """
+    check(config)
     config = _settle(config)
     gpus = cluster.num_gpus() if config.train.use_gpu is not False else 0
     if config.train.use_gpu:
@@ -172,11 +185,6 @@ def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
                 f"{differs}; give the settings of its config.json"
             )
         return started.vocabulary
-    if config.train.stage == "self-critical":
-        raise ValueError(
-            "--train.stage is 'self-critical': it begins with a captioner that cross-entropy "
-            "trained; name its run as --train.start-from"
-        )
     return Vocabulary.from_counts(
         dataset.word_counts, config.data.min_word_count, config.data.max_words
     )
@@ -212,7 +220,7 @@ def _validation(config: Config, run: str, dataset: ray.ObjectRef, gpus: int) -> 
 def _with_features(config: Config, dataset: DataSet, vocab_size: int) -> DataSet:
     return feature_cache.with_features(
         dataset,
-        initial_captioner(config, vocab_size).encoder,
+        initial.initial_captioner(config, vocab_size).encoder,
         config.model.encoder,
         limits={"train": config.data.max_images, "val": config.train.validation_images},
     )
@@ -268,6 +276,8 @@ def _settle_run(config: Config, run: str, dataset: DataSet, vocabulary: Vocabula
             name
             for name, same in {
                 "model": old.model == config.model,
+                f"train.ema-decay, which was {old.train.ema_decay}": bool(old.train.ema_decay)
+                == bool(config.train.ema_decay),
                 "data.shards": old.data.shards == config.data.shards,
                 "data.source": old.data.source == config.data.source,
                 "data.shapes-*": _shapes(old) == _shapes(config),

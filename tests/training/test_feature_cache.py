@@ -253,7 +253,7 @@ def test_a_run_on_features_goes_on_within_an_epoch(dataset, tiny_run, run_on_fea
     ("encoder", "data", "reason"),
     [
         ({"trainable_from": "stage4"}, {}, "the encoder trains .*trainable-from stage4"),
-        ({}, {"flip": True}, "--data.flip True"),
+        ({}, {"flip": True}, "--data.no-flip turns that off"),
         ({}, {"min_crop": 0.8}, "--data.min-crop 0.8"),
         ({}, {"shards": None, "source": "somewhere"}, "no digests"),
     ],

@@ -59,6 +59,12 @@ def test_a_run_is_not_resumed_with_another_model(undisturbed, shards):
         trainer.train(changed)
 
 
+def test_a_run_is_not_resumed_with_averaged_weights_that_it_did_not_have(undisturbed, shards):
+    runs, name = undisturbed.run.rsplit("/", 1)
+    with pytest.raises(ValueError, match=r"differs in train\.ema-decay, which was 0\.0; give "):
+        trainer.train(tiny_config(shards, runs, name, ema_decay=0.9))
+
+
 def test_decoding_on_a_gpu_needs_one_before_anything_is_written(shards, tmp_path):
     settings = tiny_config(shards, tmp_path, "none")
     data = dataclasses.replace(settings.data, decode="device")
