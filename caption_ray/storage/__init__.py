@@ -22,13 +22,20 @@ from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
-from caption_ray.storage import failures, local
 from caption_ray.storage.arrow import Arrow
 from caption_ray.storage.common import READ_TIMEOUT_VARIABLE as READ_TIMEOUT_VARIABLE
 from caption_ray.storage.common import Backend, Buffer, wrong_kind
 from caption_ray.storage.common import DamagedError as DamagedError
 from caption_ray.storage.common import StorageError as StorageError
+from caption_ray.storage.failures import (
+    EXPIRED_CODES,
+    error_code,
+    http_status,
+    is_passing,
+    lasting,
+)
 from caption_ray.storage.http import Http
+from caption_ray.storage.local import Local, opened
 from caption_ray.storage.s3 import S3
 from caption_ray.storage.uris import arrow_uri as arrow_uri
 from caption_ray.storage.uris import is_local as is_local
@@ -188,7 +195,7 @@ def checksum(data: Buffer) -> str:
 def open_seekable(uri: str) -> BinaryIO:
     """A read-only file object that fetches only the ranges that are read (zip directories)."""
     if scheme(uri) == "file":
-        return _retried(uri, lambda _, where: local.opened(where))
+        return _retried(uri, lambda _, where: opened(where))
     return io.BufferedReader(_RangeFile(uri), buffer_size=1 << 20)
 
 
@@ -226,7 +233,7 @@ def retry_damaged(uri: str, operation: Callable[[], T]) -> T:
 def _backend(kind: str, process: int) -> Backend:
     """One client per process: connection pools must not be shared across a fork."""
     kinds: dict[str, Callable[[], Backend]] = {
-        "file": local.Local,
+        "file": Local,
         "s3": S3,
         "http": Http,
         "https": Http,
@@ -248,15 +255,15 @@ def _retried(uri: str, operation: Callable[[Backend, str], T]) -> T:
             if kind == "file":
                 if isinstance(error, DamagedError) or not isinstance(error, OSError):
                     raise
-                raise failures.lasting(where, error) from error
-            if failures.code(error) in failures.EXPIRED_CODES:
+                raise lasting(where, error) from error
+            if error_code(error) in EXPIRED_CODES:
                 _backend.cache_clear()
-            elif not failures.is_passing(error):
-                if failures.status(error) == 404 and failures.code(error) != "NoSuchBucket":
+            elif not is_passing(error):
+                if http_status(error) == 404 and error_code(error) != "NoSuchBucket":
                     raise FileNotFoundError(f"{where}: nothing there") from None
-                raise failures.lasting(where, error, attempt) from error
+                raise lasting(where, error, attempt) from error
             if attempt == ATTEMPTS:
-                raise failures.lasting(where, error, attempt) from error
+                raise lasting(where, error, attempt) from error
             # full jitter: many workers that fail together must not come back together
             time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.2 * 2**attempt)))
     raise AssertionError("unreachable")

@@ -69,13 +69,13 @@ REMEDIES: dict[str | int, str] = {
 
 def is_passing(error: Exception) -> bool:
     """Whether the same request may well succeed later."""
-    answered = status(error)
+    answered = http_status(error)
     if answered is not None:
-        return answered in (408, 429) or answered >= 500 or code(error) in PASSING_CODES
+        return answered in (408, 429) or answered >= 500 or error_code(error) in PASSING_CODES
     return type(error).__name__ not in LASTING_ERRORS
 
 
-def status(error: Exception) -> int | None:
+def http_status(error: Exception) -> int | None:
     """Of an answer over HTTP; None if there was none."""
     if isinstance(error, HttpStatus):
         return error.status
@@ -85,7 +85,7 @@ def status(error: Exception) -> int | None:
     return None
 
 
-def code(error: Exception) -> str | None:
+def error_code(error: Exception) -> str | None:
     """S3's name of the error."""
     response = getattr(error, "response", None)
     return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
@@ -101,10 +101,10 @@ def lasting(uri: str, error: Exception, attempts: int = 1) -> StorageError:
     """In one line: what was asked for, why that cannot be had, and what to do about it."""
     if isinstance(error, DamagedError):
         return DamagedError(f"{error} (read {attempts} times)")
-    if code(error) == "NoSuchBucket":
+    if error_code(error) == "NoSuchBucket":
         return no_bucket(uri)
     number = error.errno if isinstance(error, OSError) else None
-    remedy = REMEDIES.get(number or code(error) or type(error).__name__)
+    remedy = REMEDIES.get(number or error_code(error) or type(error).__name__)
     said = f"{type(error).__name__}: {error}"
     reason = " ".join(((error.strerror if isinstance(error, OSError) else None) or said).split())
     tried = f" (tried {attempts} times)" if attempts > 1 else ""

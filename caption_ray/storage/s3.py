@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from caption_ray.storage import failures
 from caption_ray.storage.common import (
     CONNECT_TIMEOUT,
     Buffer,
@@ -19,6 +18,7 @@ from caption_ray.storage.common import (
     time_limit,
     wrong_kind,
 )
+from caption_ray.storage.failures import error_code, http_status, no_bucket
 from caption_ray.storage.uris import split_bucket
 
 PART_BYTES = 8 << 20
@@ -114,7 +114,7 @@ class S3:
         try:
             return int(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"])
         except Exception as error:
-            if failures.status(error) == 404:
+            if http_status(error) == 404:
                 self.require_bucket(uri)
             raise
 
@@ -127,9 +127,9 @@ class S3:
         try:
             self.client.head_bucket(Bucket=bucket)
         except Exception as error:
-            if failures.status(error) == 404:
-                raise failures.no_bucket(uri) from None
-            if failures.status(error) != 403:  # there, but not to be asked for
+            if http_status(error) == 404:
+                raise no_bucket(uri) from None
+            if http_status(error) != 403:  # there, but not to be asked for
                 raise
         self.known.add(bucket)
 
@@ -170,7 +170,7 @@ class S3:
                         self.client.abort_multipart_upload(**where, UploadId=upload["UploadId"])
         except ClientError as error:
             # not allowed, or not known to this server: the parts cost money, but harm nobody
-            if failures.code(error) != "AccessDenied" and failures.status(error) not in (405, 501):
+            if error_code(error) != "AccessDenied" and http_status(error) not in (405, 501):
                 raise
             logging.getLogger(__name__).warning("%s: unfinished uploads stay (%s)", uri, error)
 
@@ -193,7 +193,7 @@ class S3:
                 return bool(key) and self.size(uri) >= 0
             return not key or next(self.walk(uri), None) is not None
         except Exception as error:
-            if failures.status(error) in (403, 404) and failures.code(error) != "NoSuchBucket":
+            if http_status(error) in (403, 404) and error_code(error) != "NoSuchBucket":
                 return False  # not there, or not to be read, which is no reason not to write
             raise
 
