@@ -1,1 +1,1 @@
-"""Measurements beside simpler ways to do the same; `jobs/benchmark.py` runs them."""
+"""Benchmarks against simpler ways to do the same; `jobs/benchmark.py` runs them."""

@@ -1,5 +1,5 @@
-"""An epoch of the original system from features that were computed once, beside computing them
-each time."""
+"""An epoch of the original system from precomputed features, compared to running the encoder at
+each step."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ from caption_ray.model.captioner import Captioner, build_captioner
 from caption_ray.training import loop
 
 EPOCH = 30_000
-"""Captions of an epoch of the original system, each of a picture of its own; it took 62 s on one
-GPU."""
+"""Captions of an epoch of the original system, one per picture; it took 62 s on one GPU."""
 
 REGIONS, REGION_DIM = 64, 2048
 ROWS_PER_SHARD = 500
@@ -42,14 +41,14 @@ ROWS_PER_SHARD = 500
 
 @dataclass
 class Cache:
-    """The `seed` preset's training: streamed features, and its encoder at each step instead."""
+    """Training of the `seed` preset from streamed features, or with its encoder at each step."""
 
     pictures: Count = 3000
     """Pictures with features on disk, 262 kB each; an epoch's time is extrapolated from them."""
     rounds: Count = 5
-    """How often everything is measured."""
+    """Rounds of measurement."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """As --train.precision."""
+    """As --train.precision of jobs/train.py."""
     quick: bool = False
     """Two rounds of 500 pictures."""
 
@@ -60,7 +59,7 @@ def run(options: Cache) -> None:
     dtype = loop.autocast_dtype(options.precision, device)
     cores = len(os.sched_getaffinity(0))
     preset = config.seed()
-    # of letters, as a word with a digit costs a tokenizer twenty times as much
+    # of letters only, as tokenizing a word with a digit takes twenty times as long
     letters = itertools.product(string.ascii_lowercase, repeat=3)
     vocabulary = Vocabulary(["".join(three) for three in itertools.islice(letters, 4996)])
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +70,7 @@ def run(options: Cache) -> None:
 
 
 def _write(folder: Path, pictures: int, vocabulary: Vocabulary) -> list[FeatureFile]:
-    """Feature shards of as many made-up pictures, with a caption each as long as COCO's."""
+    """Feature shards of this many made-up pictures, each with a caption as long as COCO's."""
     rng, units = np.random.default_rng(0), []
     for start in range(0, pictures, ROWS_PER_SHARD):
         rows = min(ROWS_PER_SHARD, pictures - start)
@@ -168,6 +167,6 @@ def _measure(
 
 
 def _check(captioner: Captioner, example: loop.DeviceBatch) -> None:
-    """What is timed is training: the features are those of the grid that the decoder expects."""
+    """Asserts that the features have the shape of the grid that the decoder expects."""
     assert example.inputs.shape[1:] == (REGIONS, REGION_DIM)
     assert captioner.grid[0] * captioner.grid[1] == REGIONS

@@ -1,4 +1,4 @@
-"""What a checkpoint costs training: with its upload in the background, or waiting for it."""
+"""What a checkpoint costs training if its upload runs in the background, and if training waits."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from caption_ray.training import loop
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's cost in training time: none, asynchronous, and synchronous."""
+    """A checkpoint's cost in training time: with none, asynchronous, and synchronous uploads."""
 
     preset: Literal["shapes", "coco"] = "shapes"
-    """Whose captioner is trained, with random weights on random pictures."""
+    """Preset whose captioner is trained, from random weights on random pictures."""
     storage: Uri | None = None
     """URI of a folder for the checkpoints, which stay there; None: a temporary one on this
     machine."""
     steps: Count = 24
     """Steps of each measurement, with one checkpoint after a third of them."""
     batch_size: Count = 32
-    """Pictures of a step."""
+    """Pictures per step."""
     rounds: Count = 5
-    """How often everything is measured."""
+    """Rounds of measurement."""
     quick: bool = False
     """Two rounds."""
 
@@ -104,7 +104,7 @@ def _measure(options: Checkpoint, local: Path, target: str) -> None:
     for number in range(1 + rounds):
         for mode, found in seconds.items():
             rate = measuring.in_turn({mode: lambda: steps(None if mode == "none" else mode)}, 1, 0)  # noqa: B023
-            for upload in uploads:  # what it delays after these steps is not seen
+            for upload in uploads:  # its effect on later steps is not measured
                 upload.join()
             if number > 0:
                 found.append(options.steps / rate[mode][0])
@@ -112,8 +112,8 @@ def _measure(options: Checkpoint, local: Path, target: str) -> None:
     step = statistics.median(seconds["none"]) / options.steps
     interval = settings.checkpoint_seconds or 600.0
     print(f"\n{options.preset}: a checkpoint of {weights:.0f} MiB, a step of {step:.3f} s; cost of "
-          f"one each {interval:.0f} s (--train.checkpoint-seconds)")  # fmt: skip
-    print(f"{'':14}{'training waits, s':>20}{'costs in all, s':>20}{'% of step time':>18}")
+          f"one every {interval:.0f} s (--train.checkpoint-seconds)")  # fmt: skip
+    print(f"{'':14}{'training waits, s':>20}{'total cost, s':>20}{'% of step time':>18}")
     ways = {}
     for mode in blocked:
         costs = [a - b for a, b in zip(seconds[mode], seconds["none"], strict=True)]

@@ -1,4 +1,4 @@
-"""From JPEG to square on one core, in several ways: how fast, and how different the result is."""
+"""From JPEG to a square picture on one core: the speed of several ways, and how they differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from caption_ray.data import transforms
 SIZE = 224
 
 SHORTER_SIDE = 256
-"""What ingest shrinks pictures to."""
+"""Pixels of the shorter side that ingest shrinks pictures to."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Decode:
     images: Count = 200
     """How many of them."""
     rounds: Count = 5
-    """How often everything is measured."""
+    """Rounds of measurement."""
     quick: bool = False
     """Two rounds of 40 pictures."""
 
@@ -53,13 +53,13 @@ def run(options: Decode) -> None:
 
 
 def read(folder: str | None, count: int) -> list[bytes]:
-    """The first `count` JPEGs of a folder, or as many made up."""
+    """The first `count` JPEGs of a folder, or as many made-up ones."""
     if folder is None:
         rng = np.random.default_rng(0)
         return [pictures.photograph(rng) for _ in range(count)]
     files = sorted(Path(folder).rglob("*.jpg"))[:count]
     if not files:
-        raise SystemExit(f"error: --pictures {folder}: no .jpg there")
+        raise SystemExit(f"error: --pictures {folder}: no .jpg file is there")
     return [file.read_bytes() for file in files]
 
 
@@ -76,8 +76,8 @@ def _measure(title: str, jpegs: list[bytes], rounds: int) -> None:
         "decode", f"decode: {title} ({size:.0f} kB each) to {SIZE} x {SIZE}, one core", "images",
         rates, "usual (Pillow, bicubic)",
     )  # fmt: skip
-    # the usual way cuts after it has rounded: half a pixel elsewhere, so that only the others show
-    # what their filters do
+    # the usual way crops after rounding the size, which shifts by half a pixel: only a comparison
+    # to the single resize shows the filters' difference
     level, psnr = difference([fused(data) for data in jpegs], [ours(data) for data in jpegs])
     print(f"caption_ray differs from Pillow's bicubic by {level:.2f} levels ({psnr:.1f} dB)")
     measuring.record({**found, "mean_level": round(level, 3), "psnr": round(psnr, 2)})
@@ -95,7 +95,7 @@ def difference(expected: list[Pixels], found: list[Pixels]) -> tuple[float, floa
 
 
 def usual(data: bytes) -> Pixels:
-    """The shorter side to size by Pillow's bicubic, then cut: the usual transform of evaluation."""
+    """Pillow's bicubic resize of the shorter side, then a crop: the usual evaluation transform."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     scale = SIZE / min(image.size)
     width, height = (max(SIZE, round(side * scale)) for side in image.size)
@@ -105,7 +105,7 @@ def usual(data: bytes) -> Pixels:
 
 
 def fused(data: bytes) -> Pixels:
-    """The same in one step, which computes only what is kept."""
+    """The same in one resize, which computes only the pixels that are kept."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
@@ -114,7 +114,7 @@ def fused(data: bytes) -> Pixels:
 
 
 def v2_way(data: bytes) -> Pixels:
-    """Pillow's decoder, and torchvision's transforms (v2) as its documentation shows them."""
+    """Pillow's decoder, and torchvision's v2 transforms as their documentation shows them."""
     from torchvision.transforms import v2
 
     image = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB")))

@@ -1,4 +1,4 @@
-"""What all sections share: ways that are measured in turn, and how the result is printed."""
+"""What all sections share: measuring several ways in turn, and printing the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 Way = Callable[[], float]
-"""Does some work, and returns how much it was (pictures, captions, steps)."""
+"""Does some work and returns its amount (pictures, captions, steps)."""
 
 
 def in_turn(ways: Mapping[str, Way], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -41,12 +41,12 @@ def synchronize() -> None:
 
 
 def ratios(rates: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Of the same round each."""
+    """Ratios of rates to the baseline's rates in the same rounds."""
     return [rate / base for rate, base in zip(rates, baseline, strict=True)]
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Median, and half of the range."""
+    """Median ± half of the range, as text."""
     half = (max(values) - min(values)) / 2
     return f"{statistics.median(values):{form}} ± {half:{form}}"
 
@@ -54,7 +54,7 @@ def spread(values: Sequence[float], form: str) -> str:
 def report(
     section: str, title: str, unit: str, rates: Mapping[str, list[float]], baseline: str
 ) -> dict[str, Any]:
-    """Print a table of all ways beside the `baseline`; returns what `record` prints of it."""
+    """Print a table of all ways and their ratios to `baseline`; returns it for `record`."""
     print(f"\n{title}")
     print(f"{'':34}{unit + '/s':>20}{'of ' + baseline:>28}")
     found = {}
@@ -70,7 +70,7 @@ def report(
 
 
 def record(found: Mapping[str, Any]) -> None:
-    """One line of JSON, with what it was measured on."""
+    """Print one line of JSON: the results, and what they were measured on."""
     print(json.dumps({**found, **machine()}), flush=True)
 
 

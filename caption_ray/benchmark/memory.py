@@ -1,4 +1,4 @@
-"""How much memory a training run takes, from its start on: driver, workers, object store."""
+"""How much memory a training run takes over time: driver, workers, object store."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from caption_ray.config import Name, Parallel, Positive, Uri
 SAMPLE_SECONDS = 5.0
 
 WARM_UP = 0.2
-"""Share of the run after which memory should be as it stays: pools and caches are filled."""
+"""Share of the run after which memory should be steady, as pools and caches are full."""
 
 MIB = 2**20
 
 
 @dataclass
 class Memory:
-    """Memory of a training run over time, with a picture of the curves."""
+    """Memory of a training run over time, with a plot of the curves."""
 
     minutes: Positive = 30.0
-    """How long the run goes on."""
+    """How long the run lasts."""
     num_cpus: Parallel = 2
-    """CPUs that Ray counts on."""
+    """CPUs that Ray may use."""
     arguments: Name = "shapes"
-    """Arguments of jobs/train.py; the run is stopped when its time is over."""
+    """Arguments of jobs/train.py; the run is stopped when its time is up."""
     picture: Uri = "memory.png"
     """PNG file for the curves."""
     quick: bool = False
@@ -66,7 +66,7 @@ def run(options: Memory) -> None:
 
 
 def _watch(training: subprocess.Popen[bytes], seconds: float) -> dict[str, NDArray[np.float64]]:
-    """Series of the same length: minutes, and MiB of each kind of memory."""
+    """Series of equal length: minutes, and MiB of each kind of memory."""
     start, rows = time.monotonic(), []
     while time.monotonic() < start + seconds:
         if training.poll() is not None:
@@ -77,8 +77,8 @@ def _watch(training: subprocess.Popen[bytes], seconds: float) -> dict[str, NDArr
 
 
 def _sample(driver: int) -> dict[str, float]:
-    """MiB now. Private memory only, so that nothing counts twice: what processes share is the
-    object store, which has a line of its own."""
+    """Current MiB by kind. Private memory only, so that nothing counts twice: the memory that
+    processes share is the object store, which has a line of its own."""
     of = {"driver": _private(psutil.Process(driver)), "training workers": 0.0, "data tasks": 0.0}
     of |= {"other actors and tasks": 0.0, "Ray's services": 0.0}
     for process in psutil.Process().children(recursive=True):

@@ -1,4 +1,4 @@
-"""Training steps of the decoders, beside step loops as they are usually written."""
+"""Training steps of the decoders, compared to step loops as they are usually written."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from caption_ray.model.loss import token_loss
 VOCABULARY = 5000
 
 CAPTIONS = 65
-"""Of a step: 13 pictures with 5 each (the original took 64)."""
+"""Captions per step: 13 pictures with 5 each (the original took 64)."""
 
 COCO_WORDS, COCO_SPREAD = 10.5, 2.2
-"""Mean and standard deviation of the words of COCO's captions; the longest in a batch has 20 or
-so."""
+"""Mean and standard deviation of the number of words in COCO's captions; the longest in a batch has
+about 20."""
 
 PADDED = 49
-"""Steps of the original system, whatever the captions: START and the longest of all captions."""
+"""Steps of the original system, whatever the batch: START and the longest of all captions."""
 
 
 @dataclass
 class Model:
-    """A decoder's training step: forward, backward, optimizer; encoders are not in it."""
+    """A decoder's training step: forward, backward, optimizer, without an encoder."""
 
     rounds: Count = 5
-    """How often everything is measured."""
+    """Rounds of measurement."""
     steps: Count = 4
-    """Steps in each round."""
+    """Steps per round."""
     bfloat16: bool = False
-    """Under autocast; False: float32."""
+    """Autocast to bfloat16; False: float32."""
     quick: bool = False
     """Two rounds of one step."""
 
@@ -96,7 +96,7 @@ class Batch:
     regions: Tensor
     """(B, N, E)"""
     tokens: Tensor
-    """int64 (B, K, L), padded as long as the original's"""
+    """int64 (B, K, L), padded to the original's length"""
 
     @classmethod
     def random(cls, regions: int, device: torch.device) -> Batch:
@@ -113,7 +113,7 @@ class Batch:
 def ours(
     decoder: Decoder, batch: Batch, dtype: torch.dtype | None
 ) -> dict[str, Callable[[], float]]:
-    """As the trainer does it; on a GPU also without what it compiles."""
+    """As the trainer does it; on a GPU also without compilation."""
     ways = {"caption_ray": training(decoder, batch, None, dtype, compiled=True)}
     if batch.tokens.is_cuda:
         ways["caption_ray, not compiled"] = training(decoder, batch, None, dtype)
@@ -130,7 +130,7 @@ def training(
     dtype: torch.dtype | None,
     compiled: bool = False,
 ) -> Callable[[], float]:
-    """Steps of a copy of the decoder; forward: the decoder's own unless another is given."""
+    """A function that trains a copy of the decoder for a step. forward: None for its own."""
     decoder = copy.deepcopy(decoder).train()
     if compiled and batch.tokens.is_cuda:
         decoder.compile_training()
@@ -166,8 +166,8 @@ def loss(output: DecoderOutput, tokens: Tensor) -> Tensor:
 
 
 def original_output(decoder: Decoder, regions: Tensor, tokens: Tensor) -> DecoderOutput:
-    """As the original system computes it: every caption has regions of its own, which each step
-    projects again, and every one of the padded steps predicts the whole vocabulary."""
+    """As the original system does: every caption has its own copy of the regions, each step
+    projects them again, and all padded steps predict the whole vocabulary."""
     pictures, k, _ = tokens.shape
     return _step_loop(
         decoder, regions.repeat_interleave(k, dim=0), tokens.flatten(0, 1)[:, None], pictures
@@ -175,8 +175,8 @@ def original_output(decoder: Decoder, regions: Tensor, tokens: Tensor) -> Decode
 
 
 def per_caption_output(decoder: Decoder, regions: Tensor, tokens: Tensor) -> DecoderOutput:
-    """A loop up to the batch's longest caption, as usually written: every caption has regions of
-    its own, which each step projects again."""
+    """A loop up to the batch's longest caption, as usually written: every caption has its own copy
+    of the regions, and each step projects them again."""
     longest = int((tokens != PAD).any((0, 1)).nonzero().max()) + 1
     output = original_output(decoder, regions, tokens[..., :longest])
     return output._replace(mask=F.pad(output.mask, (0, tokens.shape[-1] - longest)))

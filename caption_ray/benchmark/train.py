@@ -1,4 +1,4 @@
-"""Training through Ray beside a plain loop, and where the time of a step goes."""
+"""Training through Ray compared to a plain loop, and where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from caption_ray.benchmark import measuring, plain, runs
 from caption_ray.config import Count, Parallel, Uri
 
 BESIDE = ("read", "decode", "batch")
-"""What other processes do meanwhile."""
+"""Parts that the DataLoader's processes do meanwhile."""
 
 
 @dataclass
 class Train:
-    """An epoch of `shapes` through Ray Train and Ray Data, beside a plain loop with torch's
+    """An epoch of `shapes` through Ray Train and Ray Data, compared to a plain loop with torch's
     DataLoader."""
 
     pictures: Count = 4096
-    """Pictures of an epoch."""
+    """Pictures per epoch."""
     storage: Uri | None = None
     """URI of a folder that all nodes reach, for pictures and checkpoints, which stay there; None: a
     temporary one on this machine."""
     num_cpus: Parallel | None = None
-    """CPUs that Ray counts on; None: all of this machine."""
+    """CPUs that Ray may use; None: all of this machine."""
     rounds: Count = 5
-    """How often everything is measured."""
+    """Rounds of measurement."""
     quick: bool = False
     """Two rounds of 1600 pictures."""
 
