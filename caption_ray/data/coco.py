@@ -1,20 +1,28 @@
 """COCO annotations: captions, objects and Karpathy's splits, checked.
 
 pycocotools indexes the files. Any pictures with captions in the same JSON layout will do.
+
+What is refused, and what is only left out: a file that cannot be read, another layout, and whatever
+says which entry belongs to which picture (ids, file names) must be right, or every caption might
+stand below a wrong picture: then the whole file is refused, with the entry, the field and its
+value. What is said of one picture (a caption, a size, a box) concerns that picture alone: where it
+is nothing that can be used, it is left out, counted with its reason, and named.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
+
+from caption_ray.data import json_entries
+from caption_ray.data.tokenizer import tokenize
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 """Karpathy's names -> ours; his `restval` is trained on, as everybody does."""
@@ -22,6 +30,12 @@ KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "
 
 LONGEST_NAME = 255
 """Bytes of a file's name, on every file system in use."""
+
+MOST_PIXELS = 2**31 - 1
+"""Of a side, in a shard."""
+
+LARGEST_FRACTION = 1e30
+"""Of a side that a box may span: shards hold float32."""
 
 
 @dataclass(frozen=True)
@@ -38,43 +52,66 @@ class CocoImage:
     """`category` and `bbox`: [x, y, width, height] as fractions of the picture."""
 
 
+class Unusable(NamedTuple):
+    """What is left out, and why."""
+
+    name: str
+    """A file name, the id of an image that is not there, or the place of an entry."""
+    reason: str
+    entries: int = 1
+    """How many there are; `name` is the first."""
+
+
 @dataclass(frozen=True)
 class CocoCaptions:
     """The pictures that have captions, in the order of the file, and what cannot be used."""
 
     images: list[CocoImage]
-    left_out: list[tuple[str, str]]
-    """(file name, or id of an image that is not there; reason)"""
+    left_out: list[Unusable]
 
 
 def read_captions(captions: Path, instances: Path | None = None) -> CocoCaptions:
     """The pictures of a COCO captions file, with the objects of an instances file, if given.
 
-    Empty captions are dropped; a picture without captions, and captions without a picture, are
-    left out. Objects of pictures that the captions file does not have are ignored. Raises
-    ValueError naming the file and the entry where a file is not UTF-8 JSON in COCO's layout or an
-    image stands in it twice.
+    Left out are pictures without captions, captions without a picture or without a word, and what
+    else the head of this module says. Objects of pictures that the captions file does not have are
+    ignored. Raises ValueError naming the file and the entry where a file is refused.
     """
-    coco = _index(captions, _read_json(captions), {"caption": str})
+    odd = _OddEntries()
+    dataset = _read_json(captions)
+    listed = list(_images(captions.name, dataset, odd))
+    coco = _index(captions.name, dataset, listed)
     objects: Mapping[int, list[dict[str, Any]]] = {}
     if instances is not None:
-        objects = _read_objects(instances, coco.imgs)
+        objects = _read_objects(instances, coco.imgs, odd)
     images, left_out = [], []
-    for entry in coco.dataset["images"]:
-        image_id, file_name = entry["id"], entry["file_name"]
-        texts = [annotation["caption"].strip() for annotation in coco.imgToAnns.get(image_id, [])]
-        texts = [text for text in texts if text]
-        if not texts:
-            left_out.append((file_name, "no captions"))
-            continue
-        width, height = entry.get("width") or 0, entry.get("height") or 0
-        images.append(
-            CocoImage(image_id, file_name, width, height, texts, objects.get(image_id, []))
-        )
-    for image_id, found in coco.imgToAnns.items():
+    for entry in listed:
+        texts = []
+        for annotation in coco.imgToAnns.get(entry["id"], []):
+            where = f"{captions.name}: annotations[{annotation['id']}]"
+            found = json_entries.fault(annotation, {"caption": str})
+            if found is not None:
+                odd.add(where + found, "caption that is no text")
+            elif not _has_word(annotation["caption"]):
+                odd.add(
+                    f"{where}: caption is {annotation['caption']!r:.80}", "caption without a word"
+                )
+            else:
+                texts.append(annotation["caption"].strip())
+        if texts:
+            boxes = objects.get(entry["id"], [])
+            images.append(
+                CocoImage(
+                    entry["id"], entry["file_name"], entry["width"], entry["height"], texts, boxes
+                )
+            )
+        else:
+            left_out.append(Unusable(entry["file_name"], "no captions"))
+    for image_id, orphans in coco.imgToAnns.items():
         if image_id not in coco.imgs:
-            left_out.append((f"image {image_id}", f"{len(found)} captions but no picture"))
-    return CocoCaptions(images, left_out)
+            reason = f"{len(orphans)} captions but no picture"
+            left_out.append(Unusable(f"image {image_id}", reason))
+    return CocoCaptions(images, left_out + list(odd.by_reason.values()))
 
 
 def read_karpathy(path: Path) -> dict[int, str]:
@@ -83,9 +120,9 @@ def read_karpathy(path: Path) -> dict[int, str]:
     His `restval` is part of `train`. Raises ValueError naming the file if it is something else.
     """
     splits: dict[int, str] = {}
-    for i, image in enumerate(_entries(path, _read_json(path), "images")):
+    for i, image in enumerate(json_entries.entries(path.name, _read_json(path), "images")):
         where = f"{path.name}: images[{i}]"
-        _check(where, image, {"cocoid": int, "split": str})
+        json_entries.check(where, image, {"cocoid": int, "split": str})
         if image["split"] not in KARPATHY_SPLITS:
             raise ValueError(
                 f"{where}: split is {image['split']!r}, not one of {', '.join(KARPATHY_SPLITS)}"
@@ -96,93 +133,131 @@ def read_karpathy(path: Path) -> dict[int, str]:
     return splits
 
 
-# Reading and checking -------------------------------------------------------------------------
+class _OddEntries:
+    """Entries that are left out, by the reason: one of each is named, for there may be as many as
+    the file has."""
+
+    def __init__(self) -> None:
+        self.by_reason: dict[str, Unusable] = {}
+
+    def add(self, name: str, reason: str) -> None:
+        first = self.by_reason.get(reason, Unusable(name, reason, 0))
+        self.by_reason[reason] = first._replace(entries=first.entries + 1)
 
 
-def _index(path: Path, dataset: Any, fields: Mapping[str, type]) -> COCO:
-    """pycocotools' index of a data set, once checked; its annotations have those fields as well."""
-    seen = set()
-    for i, image in enumerate(_entries(path, dataset, "images")):
-        where = f"{path.name}: images[{i}]"
-        _check(where, image, {"id": int, "file_name": str})
-        if not _is_inside(image["file_name"]):
+# Files ----------------------------------------------------------------------------------------
+
+
+def _images(name: str, dataset: Any, odd: _OddEntries) -> Iterator[dict[str, Any]]:
+    """The images of a captions file, each once: `id`, `file_name`, `width` and `height`."""
+    names: dict[int, str] = {}
+    for i, image in enumerate(json_entries.entries(name, dataset, "images")):
+        where = f"{name}: images[{i}]"
+        json_entries.check(where, image, {"id": int, "file_name": str})
+        image_id, file_name = image["id"], image["file_name"].removeprefix("./")
+        if not _is_inside(file_name):
             raise ValueError(
-                f"{where}: file_name {image['file_name']!r:.200} is no path below the pictures"
+                f"{where}: file_name {image['file_name']!r:.200} is no path below the pictures; "
+                "write where it lies below their folder"
             )
+        if image_id in names:
+            if names[image_id] != file_name:
+                raise ValueError(
+                    f"{where}: id {image_id} ({file_name}) is there twice, first for "
+                    f"{names[image_id]!r}"
+                )
+            odd.add(f"{where}: id {image_id} ({file_name})", "picture listed again")
+            continue
+        names[image_id] = file_name
+        sides = {}
         for side in ("width", "height"):
-            if image.get(side) is not None:
-                _check(where, image, {side: int}, bits=32)
-        if image["id"] in seen:
-            raise ValueError(f"{where}: id {image['id']} ({image['file_name']}) is there twice")
-        seen.add(image["id"])
-    fields = {"id": int, "image_id": int, **fields}
-    for i, annotation in enumerate(_entries(path, dataset, "annotations")):
-        _check(f"{path.name}: annotations[{i}]", annotation, fields)
+            sides[side] = _pixels(image.get(side))
+            if sides[side] is None:
+                shown = f"{where}: {side} is {image[side]!r:.80}"
+                odd.add(shown, "size that is no number of pixels, taken as unknown")
+        yield {
+            "id": image_id,
+            "file_name": file_name,
+            **{side: pixels or 0 for side, pixels in sides.items()},
+        }
+
+
+def _pixels(value: Any) -> int | None:
+    """A side of a picture, 0 if it is unknown; None for what cannot be one."""
+    if value is None:
+        return 0
+    if type(value) is float and value.is_integer():  # as pandas writes a column with gaps
+        value = int(value)
+    return value if type(value) is int and 0 <= value <= MOST_PIXELS else None
+
+
+def _index(name: str, dataset: Any, images: list[dict[str, Any]]) -> COCO:
+    """pycocotools' index of the images and of all annotations, each of which has an `image_id`.
+
+    Annotations get their place in the file as `id`: theirs are missing from some files, or all the
+    same, and nothing refers to them.
+    """
+    annotations = json_entries.entries(name, dataset, "annotations")
+    for i, annotation in enumerate(annotations):
+        json_entries.check(f"{name}: annotations[{i}]", annotation, {"image_id": int})
+        annotation["id"] = i
     coco = COCO()
-    coco.dataset = {key: dataset[key] for key in ("images", "annotations")}
+    coco.dataset = {"images": images, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
         coco.createIndex()
     return coco
 
 
 def _read_objects(
-    path: Path, images: Mapping[int, dict[str, Any]]
+    path: Path, images: Mapping[int, dict[str, Any]], odd: _OddEntries
 ) -> dict[int, list[dict[str, Any]]]:
     """Image id -> objects, for the images that are given."""
     dataset = _read_json(path)
-    coco = _index(path, dataset, {"category_id": int, "bbox": list})
-    names = {}
-    for i, category in enumerate(_entries(path, dataset, "categories")):
-        _check(f"{path.name}: categories[{i}]", category, {"id": int, "name": str})
-        names[category["id"]] = category["name"]
+    categories = {}
+    for i, category in enumerate(json_entries.entries(path.name, dataset, "categories")):
+        json_entries.check(f"{path.name}: categories[{i}]", category, {"id": int, "name": str})
+        categories[category["id"]] = category["name"]
     objects: dict[int, list[dict[str, Any]]] = {}
-    for annotation in coco.dataset["annotations"]:
+    for annotation in _index(path.name, dataset, []).dataset["annotations"]:
         image = images.get(annotation["image_id"])
         if image is None:
             continue
-        where = f"{path.name}: annotation {annotation['id']} of image {image['id']}"
-        if annotation["category_id"] not in names:
-            raise ValueError(f"{where}: there is no category {annotation['category_id']}")
-        if not image.get("width") or not image.get("height"):
-            raise ValueError(f"{where}: the image needs a width and a height to scale its boxes")
-        box = {
-            "category": names[annotation["category_id"]],
-            "bbox": _fractions(where, annotation["bbox"], image["width"], image["height"]),
-        }
-        objects.setdefault(image["id"], []).append(box)
+        where = f"{path.name}: annotations[{annotation['id']}]"
+        found = json_entries.fault(annotation, {"category_id": int})
+        if found is not None or annotation["category_id"] not in categories:
+            found = found or f": category_id is {annotation['category_id']}"
+            odd.add(where + found, "box of no known category")
+        elif not image["width"] or not image["height"]:
+            odd.add(where, "box in a picture of unknown size")
+        elif (box := _fractions(annotation.get("bbox"), image["width"], image["height"])) is None:
+            shown = f"{where}: bbox is {annotation.get('bbox')!r:.80}"
+            odd.add(shown, "box that is not four numbers")
+        else:
+            category = categories[annotation["category_id"]]
+            objects.setdefault(image["id"], []).append({"category": category, "bbox": box})
     return objects
 
 
-def _fractions(where: str, bbox: list[Any], width: int, height: int) -> list[float]:
+def _fractions(bbox: Any, width: int, height: int) -> list[float] | None:
+    """The box in widths and heights of the picture; None if it is not four numbers."""
     sides = (width, height, width, height)
     try:
         fractions = [number / side for number, side in zip(bbox, sides, strict=True)]
-    except (TypeError, ValueError):
-        fractions = [math.nan]
-    if not all(map(math.isfinite, fractions)):
-        raise ValueError(f"{where}: bbox is {bbox!r}, not four numbers")
-    return fractions
+    except (TypeError, ValueError, OverflowError):
+        return None
+    # not true of what is no number
+    return fractions if all(abs(part) < LARGEST_FRACTION for part in fractions) else None
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return json.load(file, object_hook=_without_outline)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: not JSON in UTF-8 ({error})") from error
+    with path.open("rb") as file:
+        return json_entries.parse(path.name, file, _without_outline)
 
 
 def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
     """Outlines are most of an instances file: forgotten as they are read, they take no memory."""
     entry.pop("segmentation", None)
     return entry
-
-
-def _entries(path: Path, dataset: Any, key: str) -> Iterable[Any]:
-    if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
-        raise ValueError(f"{path.name}: not the layout of COCO's annotations: no list {key!r}")
-    entries: list[Any] = dataset[key]
-    return entries
 
 
 def _is_inside(file_name: str) -> bool:
@@ -192,28 +267,6 @@ def _is_inside(file_name: str) -> bool:
     return is_short and "\0" not in file_name and not {"", ".", ".."} & set(parts)
 
 
-def _is_utf8(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check(where: str, entry: Any, fields: Mapping[str, type], bits: int = 64) -> None:
-    """Raise ValueError unless the entry is an object with these fields of these types.
-
-    Numbers must fit in so many bits, and text in UTF-8, so that shards can hold them.
-    """
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {entry!r:.80}, not an object")
-    for name, kind in fields.items():
-        if name not in entry:
-            raise ValueError(f"{where} has no {name!r}: {entry!r:.200}")
-        if type(entry[name]) is not kind:
-            raise ValueError(f"{where}: {name} is {entry[name]!r:.80}, not of type {kind.__name__}")
-        if kind is int and not -(2 ** (bits - 1)) <= entry[name] < 2 ** (bits - 1):
-            raise ValueError(f"{where}: {name} is {entry[name]!r:.80}, beyond {bits} bits")
-        if kind is str and not _is_utf8(entry[name]):
-            raise ValueError(f"{where}: {name} is {entry[name]!r:.80}, which is not Unicode text")
+def _has_word(caption: str) -> bool:
+    # most captions need no tokenizer to tell, which would take ten times as long
+    return re.search("[A-Za-z]", caption) is not None or bool(tokenize(caption))

@@ -53,11 +53,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A picture that is in no shard."""
+    """A picture that is in no shard, or entries of the annotations that could not be used."""
 
     split: str
     file_name: str
+    """Or what else names it: see coco.Unusable."""
     reason: str
+    entries: int = 1
+    """How many there are; `file_name` is the first."""
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,7 @@ class Split:
     """All pictures of one split in a fixed order, and those without captions."""
 
     records: list[Record]
-    left_out: list[tuple[str, str]]
-    """(file name, reason)"""
+    left_out: list[coco.Unusable]
 
 
 def read_picture(location: Location | None) -> bytes:
@@ -162,7 +161,7 @@ def _find_split(source: str, split: str) -> Split:
     locations = _locate(source, f"{split}{year}", [image.file_name for image in images])
     return Split(
         [Record(*pair) for pair in zip(images, locations, strict=True)],
-        list(annotations.left_out),
+        annotations.left_out,
     )
 
 
@@ -319,7 +318,7 @@ def _karpathy_splits(found: dict[str, Split], karpathy: str) -> dict[str, Split]
     absent = [r.picture.file_name for r in records if r.picture.image_id not in chosen]
     left_out = [entry for split in found.values() for entry in split.left_out]
     result["train"].left_out.extend(
-        left_out + [(name, "not in Karpathy's splits") for name in absent]
+        left_out + [coco.Unusable(name, "not in Karpathy's splits") for name in absent]
     )
     empty = [split for split, content in result.items() if not content.records]
     if empty:

@@ -7,6 +7,7 @@ The metrics themselves are in caption_ray/captioning/metrics.py.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -16,41 +17,58 @@ from typing import Any
 from caption_ray import storage
 from caption_ray.captioning.metrics import MetricsError, Scores, score
 from caption_ray.config import Uri, parse_arguments
+from caption_ray.data import json_entries
+from caption_ray.data.tokenizer import tokenize
 
 
 def read_references(uri: str) -> dict[int, list[str]]:
-    """Captions by image, from a COCO annotation file. Raises MetricsError."""
+    """Captions by image, from a COCO annotation file. Raises ValueError.
+
+    Every entry must be right, for a figure does not tell that a reference was missing.
+    """
     document = _read_json(uri)
-    try:
-        references: dict[int, list[str]] = {int(image["id"]): [] for image in document["images"]}
-        for annotation in document["annotations"]:
-            references[int(annotation["image_id"])].append(str(annotation["caption"]))
-    except (TypeError, KeyError, ValueError) as error:
-        raise MetricsError(f"{uri}: no COCO captions ({error!r})") from error
+    references: dict[int, list[str]] = {}
+    for i, image in enumerate(json_entries.entries(uri, document, "images")):
+        json_entries.check(f"{uri}: images[{i}]", image, {"id": int})
+        if image["id"] in references:
+            raise ValueError(f"{uri}: images[{i}]: id {image['id']} is there twice")
+        references[image["id"]] = []
+    for i, annotation in enumerate(json_entries.entries(uri, document, "annotations")):
+        where = f"{uri}: annotations[{i}]"
+        json_entries.check(where, annotation, {"image_id": int, "caption": str})
+        if annotation["image_id"] not in references:
+            raise ValueError(
+                f"{where}: image_id is {annotation['image_id']}, which is none of the images"
+            )
+        if not tokenize(annotation["caption"]):
+            raise ValueError(f"{where}: caption is {annotation['caption']!r:.80}, without a word")
+        references[annotation["image_id"]].append(annotation["caption"])
     return {image: captions for image, captions in references.items() if captions}
 
 
 def read_results(uri: str) -> dict[int, str]:
-    """A caption by image, from a file as COCO's evaluation server takes it. Raises MetricsError."""
+    """A caption by image, from a file as COCO's evaluation server takes it. Raises ValueError."""
+    document = _read_json(uri)
+    if not isinstance(document, list):
+        raise ValueError(
+            f'{uri}: no COCO results, [{{"image_id": 1, "caption": "..."}}, ...]: it is '
+            f"{json_entries.outline(document)}"
+        )
     results: dict[int, str] = {}
-    try:
-        for result in _read_json(uri):
-            image = int(result["image_id"])
-            if image in results:
-                raise MetricsError(f"{uri}: image {image} has two captions; give one")
-            results[image] = str(result["caption"])
-    except (TypeError, KeyError) as error:
-        raise MetricsError(
-            f'{uri}: no COCO results, [{{"image_id": 1, "caption": "..."}}, ...] ({error!r})'
-        ) from error
+    for i, result in enumerate(document):
+        where = f"{uri}: results[{i}]"
+        json_entries.check(where, result, {"image_id": int, "caption": str})
+        if result["image_id"] in results:
+            raise ValueError(f"{where}: image {result['image_id']} has two captions; give one")
+        results[result["image_id"]] = result["caption"]
     return results
 
 
 def _read_json(uri: str) -> Any:
     try:
-        return json.loads(storage.read_bytes(storage.resolve(uri)))
-    except (OSError, ValueError) as error:
-        raise MetricsError(f"{uri}: {error}") from error
+        return json_entries.parse(uri, io.BytesIO(storage.read_bytes(storage.resolve(uri))))
+    except OSError as error:
+        raise ValueError(f"{uri}: {error}") from error
 
 
 def match(
@@ -95,9 +113,13 @@ def main() -> None:
     arguments = parse_arguments(Arguments)
     try:
         references, results = read_references(arguments.references), read_results(arguments.results)
-        scores = score(*match(references, results), java=arguments.java)
-    except MetricsError as error:
+        told, wanted = match(references, results)
+        scores = score(told, wanted, java=arguments.java)
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    empty = sum(not tokenize(caption) for caption in told)
+    if empty:  # which a captioner may well say, so it scores
+        print(f"note: {empty} captions of {arguments.results} have no word", file=sys.stderr)
     print(table(scores))
     print(json.dumps(scores.corpus))
 

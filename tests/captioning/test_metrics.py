@@ -17,6 +17,7 @@ import pytest
 from caption_ray.captioning import metrics
 from caption_ray.captioning.metrics import CiderD, MetricsError, score
 from caption_ray.data.tokenizer import tokenize
+from caption_ray.evaluation.metrics import main
 
 Captions = list[str]
 
@@ -124,6 +125,17 @@ def test_nothing_to_compare_is_an_error(told: Captions, wanted: list[Captions]) 
 # The command ----------------------------------------------------------------------------------
 
 
+def told(image_id: Any, caption: Any = "a dog") -> dict[str, Any]:
+    return {"image_id": image_id, "caption": caption}
+
+
+def refs(odd: Any) -> dict[str, Any]:
+    """References with other images, or with one annotation more."""
+    if isinstance(odd, list):
+        return {"images": odd, "annotations": []}
+    return {"images": [{"id": 1}, {"id": 2}], "annotations": [told(1), odd]}
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[..., list[str]]:
     """Arguments of the command for two images."""
@@ -137,12 +149,19 @@ def files(tmp_path: Path) -> Callable[..., list[str]]:
                 {"image_id": 2, "caption": "A dog."},
             ],
         }
-        told = [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "caption": "A dog"}]
-        for name, content in (("r", references or default), ("t", results or told)):
+        both = [told(1, "a cat"), told(2, "A dog")]
+        for name, content in (("r", references or default), ("t", results or both)):
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
         return ["--references", f"{tmp_path}/r.json", "--results", f"{tmp_path}/t.json"]
 
     return write
+
+
+def command(arguments: list[str]) -> None:
+    """The command, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["metrics", *arguments, "--no-java"])
+        main()
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -168,16 +187,71 @@ def test_the_command_prints_a_table_and_one_json_line(files: Callable[..., list[
         (None, [{"image_id": 1, "caption": "a"}], "1 images have no caption in the results: 2"),
         (None, [{"image_id": i, "caption": "a"} for i in (1, 2, 7)], "to the references: 7"),
         (None, [{"image_id": 1, "caption": "a"}] * 2, "image 1 has two captions"),
-        (None, [{"image": 1}], "no COCO results"),
-        ({"images": []}, None, "no COCO captions"),
+        (None, {"1": "a"}, 't.json: no COCO results, [{"image_id": 1, "caption": "..."}, ...]'),
+        (None, [{"image": 1}], "t.json: results[0] has no 'image_id'"),
+        (None, [told(1), told(2, None)], "t.json: results[1]: caption is None, not of type str"),
+        (None, [told(1), told(2, ["a"])], "results[1]: caption is ['a'], not of type str"),
+        (None, [told(1), told(2, 5)], "results[1]: caption is 5, not of type str"),
+        (None, [told(1), told(2, "\ud83d")], "caption is '\\ud83d', which is not Unicode text"),
+        (None, [told(1.7)], "results[0]: image_id is 1.7, not of type int"),
+        (None, [told(1.0)], "results[0]: image_id is 1.0, not of type int"),
+        (None, [told("1")], "results[0]: image_id is '1', not of type int"),
+        (None, [told("a.jpg")], "results[0]: image_id is 'a.jpg', not of type int"),
+        (None, [told(True)], "results[0]: image_id is True, not of type int"),
+        (None, [told(None)], "results[0]: image_id is None, not of type int"),
+        (None, [told(math.nan)], "results[0]: image_id is nan, not of type int"),
+        (None, [told(math.inf)], "results[0]: image_id is inf, not of type int"),
+        (None, [told(2**63)], "image_id is 9223372036854775808, beyond 64 bits"),
+        (None, ["a"], "results[0] is 'a', not an object"),
+        (None, 5, "no COCO results"),
+        ({"images": []}, None, "r.json: not the layout of COCO's annotations: no list 'ann"),
+        ([told(1)], None, "no list 'images'; it is a list of 1"),
+        (refs([{"id": "1"}]), None, "r.json: images[0]: id is '1', not of type int"),
+        (refs([{"id": 1}, {"id": 1}]), None, "r.json: images[1]: id 1 is there twice"),
+        (refs(told(2, None)), None, "annotations[1]: caption is None, not of type str"),
+        (refs(told(2, "...")), None, "annotations[1]: caption is '...', without a word"),
+        (refs({"image_id": 2}), None, "annotations[1] has no 'caption'"),
+        (refs(told(7)), None, "annotations[1]: image_id is 7, which is none of the images"),
+        (refs(told(False)), None, "annotations[1]: image_id is False, not of type int"),
     ],
-)  # fmt: skip
+)
 def test_files_that_do_not_fit_are_named(
     files: Callable[..., list[str]], references: Any, results: Any, message: str
 ) -> None:
-    done = run(files(references, results))
-    assert done.returncode == 1
-    assert message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        command(files(references, results))
+    assert str(ended.value).startswith("error: ") and message in str(ended.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[", b"[" * 100_000, "[]".encode("utf-16"), '[{"caption": "é"}]'.encode("latin-1")],
+    ids=lambda data: repr(data[:20]),
+)
+def test_what_is_not_json_is_named(
+    files: Callable[..., list[str]], tmp_path: Path, data: bytes
+) -> None:
+    arguments = files()
+    for file in ("t.json", "r.json"):
+        (tmp_path / file).write_bytes(data)
+        with pytest.raises(SystemExit, match=rf"error: .*{file}: not JSON in UTF-8"):
+            command(arguments)
+
+
+def test_a_byte_order_mark_does_no_harm(files: Callable[..., list[str]], tmp_path: Path) -> None:
+    arguments = files()
+    for file in (tmp_path / "t.json", tmp_path / "r.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    command(arguments)
+
+
+def test_a_captioner_may_have_nothing_to_say(
+    files: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(files(results=[told(1, ""), told(2, "...")]))
+    printed = capsys.readouterr()
+    assert "2 captions of" in printed.err and "have no word" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["ROUGE-L"] == 0
 
 
 def test_a_missing_file_is_named(files: Callable[..., list[str]], tmp_path: Path) -> None:

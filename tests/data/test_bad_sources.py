@@ -118,6 +118,7 @@ def test_captions_of_every_kind_are_kept_or_left_out_with_the_reason(tmp_path):
     assert {entry.file_name: entry.reason for entry in index.left_out} == {
         "0.jpg": "no captions",
         "image 99": "1 captions but no picture",
+        "captions_train.json: annotations[0]: caption is '  '": "caption without a word",
     }
     assert index.word_counts["word"] == 10_000
     assert read_index(str(tmp_path / "out")) == index
@@ -134,8 +135,10 @@ def test_captions_of_every_kind_are_kept_or_left_out_with_the_reason(tmp_path):
         ([{"id": 0, "file_name": "x" * 300}], r"no path below the pictures"),
         ([{"id": 0, "file_name": "a\ud800.jpg"}], r"file_name .* not Unicode text"),
         ([{"id": 2**63, "file_name": "a.jpg"}], r"id is 9223372036854775808, beyond 64 bits"),
-        ([{"id": 0, "file_name": "a.jpg", "width": 2**31}], r"width is 2147483648, beyond 32"),
-        ([{"id": 0, "file_name": "a.jpg"}] * 2, r"images\[1\]: id 0 \(a\.jpg\) is there twice"),
+        (
+            [{"id": 0, "file_name": "a.jpg"}, {"id": 0, "file_name": "b.jpg"}],
+            r"images\[1\]: id 0 \(b\.jpg\) is there twice, first for 'a\.jpg'",
+        ),
     ],
 )
 def test_annotations_that_cannot_be_meant_are_refused(tmp_path, images, message):
@@ -144,11 +147,15 @@ def test_annotations_that_cannot_be_meant_are_refused(tmp_path, images, message)
         sources.find_splits(source, splits=("train",))
 
 
-def test_a_caption_with_half_a_character_is_refused(tmp_path):
-    broken = [{"id": 0, "image_id": 0, "caption": "a \ud83d smile"}]
-    source = _layout(tmp_path, {"a.jpg": _picture(8, 8)}, annotations=broken)
-    with pytest.raises(ValueError, match=r"annotations\[0\]: caption .* not Unicode text"):
-        sources.find_splits(source, splits=("train",))
+def test_a_caption_with_half_a_character_is_left_out(tmp_path):
+    texts = ["a \ud83d smile", "a smile"]
+    captions = [{"image_id": 0, "caption": text} for text in texts]
+    source = _layout(tmp_path, {"a.jpg": _picture(8, 8)}, annotations=captions)
+    split = sources.find_splits(source, splits=("train",))["train"]
+    assert split.records[0].picture.captions == ["a smile"]
+    ((name, reason, _),) = split.left_out
+    assert "annotations[0]: caption is 'a \\ud83d smile', which is not Unicode" in name
+    assert reason == "caption that is no text"
 
 
 def test_annotations_in_another_encoding_are_named(tmp_path):
