@@ -4,11 +4,12 @@ The source is COCO 2017 as the world has it (zips by URL, path or bucket, unpack
 and annotations) or a set in the same layout. Run it again to complete an interrupted ingest.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
+from shlex import quote
 
 from caption_ray import cluster, config, storage
 from caption_ray.data import ingest, sources
+from caption_ray.data.shards import outline
 from caption_ray.training import feature_cache
 
 
@@ -51,9 +52,8 @@ def main() -> None:
         shards = index.shards(split)
         megabytes = sum(shard.bytes for shard in shards) / 1e6
         print(f"{split}: {sum(index.rows(split))} images, {len(shards)} shards, {megabytes:.1f} MB")
-    reasons = Counter(entry.reason for entry in index.left_out)
-    print(f"features: {encoded or 'none'}; left out: {dict(reasons) or 'none'}")
-    print(f"Next: python jobs/train.py coco --data.shards {arguments['out']}")
+    print(f"features: {encoded or 'none'}; left out: {outline(index.left_out) or 'nothing'}")
+    print(f"Next: python jobs/train.py coco --data.shards {quote(arguments['out'])}")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def _images(name: str, dataset: Any, odd: _OddEntries) -> Iterator[dict[str, Any
         if not _is_inside(file_name):
             raise ValueError(
                 f"{where}: file_name {image['file_name']!r:.200} is no path below the pictures; "
-                "write where it lies below their folder"
+                "write the path below their folder"
             )
         if image_id in names:
             if names[image_id] != file_name:

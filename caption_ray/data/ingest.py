@@ -91,9 +91,8 @@ def ingest(
         listed[split] = [receipt.shard for receipt in done if receipt.shard.rows]
         left_out += [entry for receipt in done for entry in receipt.left_out]
         if not listed[split]:
-            raise ValueError(
-                f"{source}: no picture of split {split!r} is readable; the first: {left_out[:3]}"
-            )
+            why = shards.outline(entry for entry in left_out if entry.split == split)
+            raise ValueError(f"{source}: no picture of split {split!r} is readable: {why}")
         if split == "train":
             for receipt in done:
                 word_counts.update(receipt.word_counts)

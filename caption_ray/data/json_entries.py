@@ -19,8 +19,8 @@ def parse(
     try:
         return json.load(io.TextIOWrapper(file, "utf-8-sig"), object_hook=hook)
     except (ValueError, RecursionError) as error:
-        lines = " (is it JSON Lines? these are several)" if "Extra data" in str(error) else ""
-        raise ValueError(f"{name}: not JSON in UTF-8 ({error}){lines}") from error
+        several = "; one object is needed, not one a line" if "Extra data" in str(error) else ""
+        raise ValueError(f"{name}: not JSON in UTF-8 ({error}{several})") from error
 
 
 def entries(name: str, dataset: Any, key: str) -> list[Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, BinaryIO
 
@@ -61,6 +62,19 @@ class LeftOut:
     reason: str
     entries: int = 1
     """How many there are; `file_name` is the first."""
+
+
+def outline(left_out: Iterable[LeftOut]) -> str:
+    """For people: how much was left out for each reason, and the first of it; empty if nothing."""
+    first: dict[tuple[str, str], str] = {}
+    entries: Counter[tuple[str, str]] = Counter()
+    for one in left_out:
+        first.setdefault((one.split, one.reason), one.file_name)
+        entries[one.split, one.reason] += one.entries
+    return "; ".join(
+        f"{split}: {entries[split, reason]} x {reason} (the first: {name})"
+        for (split, reason), name in first.items()
+    )
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from caption_ray import storage
-from caption_ray.data import coco
+from caption_ray.data import coco, listing
 
 T = TypeVar("T")
 
@@ -26,6 +27,12 @@ SPLITS = ("train", "val")
 YEARS = ("2017", "2014", "")
 """Suffixes of split names that are looked for, in this order."""
 
+LAYOUT = (
+    'captions_{split}.json, {{"images": [{{"id": 1, "file_name": "a.jpg"}}, ...], "annotations": '
+    '[{{"image_id": 1, "caption": "A dog."}}, ...]}}, and the pictures in {split}/ or {split}.zip'
+)
+"""What a split must consist of, for messages."""
+
 MAX_PICTURE_BYTES = 64 << 20
 """A zip entry that claims to unpack to more than this is refused."""
 
@@ -33,6 +40,10 @@ MAX_PICTURE_BYTES = 64 << 20
 MAX_ANNOTATION_BYTES = 2 << 30
 """An annotation file in a zip that claims to unpack to more than this is refused: four times the
 largest of COCO."""
+
+
+PROBES, PROBES_AT_A_TIME = 64, 16
+"""How many file names of a split are tried before its folder is believed to be elsewhere."""
 
 
 _HEADER, _SLACK = 30, 64
@@ -119,7 +130,9 @@ def _unpack(location: Location, offset: int) -> bytes:
         except zlib.error as error:
             raise storage.DamagedError(str(error)) from None
     elif location.method != zipfile.ZIP_STORED:
-        raise PictureError(f"corrupt: zip compression method {location.method}")
+        raise PictureError(
+            f"zip compression method {location.method}, which is not read: zip it with deflate"
+        )
     if len(data) != location.picture_bytes or zlib.crc32(data) != location.crc:
         raise storage.DamagedError("bad CRC in the zip")
     return data
@@ -153,11 +166,13 @@ def _find_split(source: str, split: str) -> Split:
         raise ValueError(
             f"{source}: no captions for split {split!r}: looked for "
             f"annotations_trainval2017.zip and captions_{split}2017.json, here and in "
-            "annotations/ (also with 2014 and without a year)"
+            f"annotations/ (also with 2014 and without a year); {listing.describe(source)}. "
+            f"Needed are {LAYOUT.format(split=split)}"
         )
     images = sorted(annotations.images, key=lambda image: image.image_id)
     if not images:
-        raise ValueError(f"{source}: split {split!r} has no picture with a caption")
+        reasons = ", ".join(f"{one.name}: {one.reason}" for one in annotations.left_out[:3])
+        raise ValueError(f"{source}: split {split!r} has no picture with a caption ({reasons})")
     locations = _locate(source, f"{split}{year}", [image.file_name for image in images])
     return Split(
         [Record(*pair) for pair in zip(images, locations, strict=True)],
@@ -263,33 +278,54 @@ def _retried(uri: str, operation: Callable[[], T]) -> T:
 
 
 def _locate(source: str, folder: str, names: list[str]) -> list[Location | None]:
+    """Where the pictures of these names are; ValueError if none of them is anywhere.
+
+    A bucket of millions takes long to list, so some names are tried first, spread over all: PROBES
+    requests if everything is where it is expected, four times as many if not. What is missing
+    beside them shows when it is read. Only if none of them is there, the whole source is listed
+    (one request for each 1,000 objects; a web server has no listing).
+    """
     for archive in (f"{folder}.zip", f"zips/{folder}.zip", f"images/{folder}.zip"):
         uri = storage.join(source, archive)
         if storage.exists(uri):
             return _locate_in_zip(uri, folder, names)
-    # no listing: a bucket of millions takes hours to list, and a missing picture shows when read
-    probes = names[:5]
-    for below in (folder, f"images/{folder}", "images", ""):
-        base = storage.join(source, below) if below else source
-        if any(storage.exists(storage.join(base, name)) for name in probes):
-            return [Location(storage.join(base, name)) for name in names]
-    raise ValueError(
-        f"{source}: no pictures: looked for {folder}.zip and for {probes[0]} in {folder}/, "
-        f"images/{folder}/, images/ and here"
-    )
+    count = min(PROBES, len(names))
+    probes = [names[i * len(names) // count] for i in range(count)]
+    places = [
+        source,
+        *(storage.join(source, below) for below in ("images", f"images/{folder}", folder)),
+    ]
+    found: dict[str, int] = {}
+    with ThreadPoolExecutor(PROBES_AT_A_TIME) as threads:
+        while places and count not in found.values():
+            place = places.pop()
+            uris = [storage.join(place, name) for name in probes]
+            found[place] = sum(threads.map(storage.exists, uris))
+    place = max(found, key=lambda place: found[place])
+    if found[place]:
+        return [Location(storage.join(place, name)) for name in names]
+    files = {file[len(source) + 1 :]: file for file in listing.files_below(source)}
+    matches = listing.match(names, files, folder, is_ours=False)
+    if not matches:
+        raise ValueError(
+            f"{source}: no pictures: looked for {folder}.zip and for {names[0]} in {folder}/, "
+            f"images/{folder}/, images/ and here; {listing.describe(source)}"
+            f"{listing.several(names[0], files)}"
+        )
+    return [Location(files[matches[name]]) if name in matches else None for name in names]
 
 
 def _locate_in_zip(uri: str, folder: str, names: list[str]) -> list[Location | None]:
-    entries = {entry.filename: entry for entry in _zip_entries(uri)}
-    locations: list[Location | None] = []
-    for name in names:
-        entry = entries.get(f"{folder}/{name}") or entries.get(name)
-        locations.append(None if entry is None else _entry_location(uri, entry))
-    if not any(locations):
+    entries = {entry.filename: entry for entry in _zip_entries(uri) if not entry.is_dir()}
+    matches = listing.match(names, entries, folder, is_ours=True)
+    if not matches:
         raise ValueError(
-            f"{uri}: holds none of the pictures; {folder}/{names[0]} is one looked for"
+            f"{uri}: holds none of the pictures; {folder}/{names[0]} is one looked for; it holds "
+            f"{listing.outline(entries)}{listing.several(names[0], entries)}"
         )
-    return locations
+    return [
+        _entry_location(uri, entries[matches[name]]) if name in matches else None for name in names
+    ]
 
 
 def _entry_location(uri: str, entry: zipfile.ZipInfo) -> Location:

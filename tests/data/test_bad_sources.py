@@ -244,6 +244,29 @@ def test_a_truncated_zip_is_named(zipped, tmp_path):
             _outcome(zipped)
 
 
+def test_a_compression_that_is_not_read_is_named(tmp_path):
+    source = _layout(tmp_path, {"a.jpg": _picture(8, 8)})
+    with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.write(tmp_path / "train" / "a.jpg", "train/a.jpg")
+    said = "zip compression method 14, which is not read: zip it with deflate"
+    assert _outcome(source) == {"a.jpg": said}
+
+
+def test_what_is_left_out_is_told_with_its_reason_number_and_first():
+    left_out = [
+        format.LeftOut("train", "1.jpg", "missing"),
+        format.LeftOut("train", "2.jpg", "missing"),
+        format.LeftOut("train", "captions.json: annotations[3]", "caption without a word", 7),
+        format.LeftOut("val", "1.jpg", "missing"),
+    ]
+    assert format.outline(left_out) == (
+        "train: 2 x missing (the first: 1.jpg); "
+        "train: 7 x caption without a word (the first: captions.json: annotations[3]); "
+        "val: 1 x missing (the first: 1.jpg)"
+    )
+    assert format.outline([]) == ""
+
+
 def test_annotations_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
     source = _layout(tmp_path, {"a.jpg": _picture(8, 8)})
     captions = tmp_path / "captions_train.json"

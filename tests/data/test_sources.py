@@ -4,6 +4,8 @@ import zipfile
 
 import pytest
 
+from caption_ray import storage
+from caption_ray.data import listing, sources
 from caption_ray.data.sources import PictureError, find_splits, read_picture
 
 
@@ -85,6 +87,133 @@ def test_a_missing_picture_is_missing_when_read(layout):
     assert missing == 1
 
 
+def _readable(split):
+    names = set()
+    for record in split.records:
+        try:
+            read_picture(record.location)
+            names.add(record.picture.file_name)
+        except PictureError as error:
+            assert str(error) == "missing"
+    return names
+
+
+@pytest.mark.parametrize("gone", [slice(0, 5), slice(1, None), slice(0, 39), slice(0, -1, 2)])
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_a_partial_download_is_taken_as_it_is(layout, gone, is_zipped):
+    files = sorted((layout / "train").iterdir())
+    for file in files[gone]:
+        file.unlink()
+    if is_zipped:
+        _zip(layout)
+    split = find_splits(str(layout))["train"]
+    assert len(split.records) == 40
+    assert _readable(split) == {file.name for file in files} - {file.name for file in files[gone]}
+
+
+def test_one_picture_that_no_probe_hits_is_found_by_listing(layout, monkeypatch):
+    monkeypatch.setattr(sources, "PROBES", 3)
+    files = sorted((layout / "train").iterdir())
+    for file in [*files[:7], *files[8:]]:
+        file.unlink()
+    assert _readable(find_splits(str(layout))["train"]) == {files[7].name}
+
+
+def test_a_large_source_is_not_listed_where_all_is_in_its_place(layout, monkeypatch):
+    tried, exists = [], storage.exists
+    monkeypatch.setattr(storage, "exists", lambda uri: tried.append(uri) or exists(uri))
+    monkeypatch.setattr(storage, "list_files", None)
+    monkeypatch.setattr(listing, "files_below", None)
+    monkeypatch.setattr(sources, "PROBES", 8)
+    find_splits(str(layout))
+    assert sum(uri.endswith(".jpg") for uri in tried) == 2 * 8
+    tried.clear()
+    for file in sorted((layout / "train").iterdir())[:20]:
+        file.unlink()
+    find_splits(str(layout))
+    assert sum(uri.endswith(".jpg") for uri in tried) <= 4 * 8 + 8
+
+
+def _rezip(layout, named):
+    for split in ("train", "val"):
+        with zipfile.ZipFile(layout / f"{split}.zip", "w") as archive:
+            for file in sorted((layout / split).iterdir()):
+                archive.write(file, named(split, file.name))
+            archive.writestr(f"__MACOSX/{split}/._{file.name}", b"no picture")
+            archive.writestr(f"{split}/.DS_Store", b"no picture")
+        shutil.rmtree(layout / split)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda split, name: name,
+        lambda split, name: f"my photos/{name}",
+        lambda split, name: f"images/{split}/{name}",
+        lambda split, name: f"{split}2014/{name}",
+        lambda split, name: f"content/data/{name[-5]}/{name.upper()}",
+        lambda split, name: f"{split}\\{name}",
+    ],
+)
+def test_the_top_folder_of_a_zip_may_have_any_name(layout, scenes, named):
+    _rezip(layout, named)
+    assert _pictures(find_splits(str(layout))["train"]) == _pictures(
+        find_splits(str(scenes))["train"]
+    )
+
+
+@pytest.mark.parametrize("place", ["my photos", "data/train", "train2014", "x/images/train"])
+def test_the_folder_of_the_pictures_may_have_any_name(layout, scenes, place):
+    (layout / place).parent.mkdir(parents=True, exist_ok=True)
+    (layout / "train").rename(layout / "moved")
+    (layout / "moved").rename(layout / place)
+    assert _pictures(find_splits(str(layout))["train"]) == _pictures(
+        find_splits(str(scenes))["train"]
+    )
+
+
+def test_pictures_of_another_split_are_never_taken(layout):
+    names = sorted(file.name for file in (layout / "train").iterdir())
+    for file, name in zip(sorted((layout / "val").iterdir()), names, strict=False):
+        file.rename(layout / "val" / name)
+    shutil.rmtree(layout / "train")
+    with pytest.raises(ValueError, match=r"no pictures: .* it holds .*val/ \(12 files"):
+        find_splits(str(layout), splits=("train",))
+
+
+def test_a_zip_of_other_pictures_says_what_it_holds(layout):
+    _zip(layout)
+    with zipfile.ZipFile(layout / "train.zip", "w") as archive:
+        archive.writestr("photos/one.jpg", b"x")
+        archive.writestr("notes.txt", b"x")
+    said = r"none of the pictures; train/0000.*; it holds photos/ \(1 files, .*one.jpg\), notes.txt"
+    with pytest.raises(ValueError, match=said):
+        find_splits(str(layout))
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_folders_alone(layout):
+    for folder in ("a", "b"):
+        shutil.copytree(layout / "val", layout / "train" / folder)
+    path = layout / "annotations" / "captions_train.json"
+    content = json.loads(path.read_text())
+    names = sorted(file.name for file in (layout / "val").iterdir())
+    for i, image in enumerate(content["images"]):
+        image["file_name"] = names[i % 12]
+    for file in (layout / "train").glob("*.jpg"):
+        file.unlink()
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{names[0]} may be train/a/{names[0]} or train/b/"):
+        find_splits(str(layout), splits=("train",))
+
+
+def test_a_web_server_cannot_say_what_it_has(layout, web):
+    with pytest.raises(ValueError, match="no captions .* a web server does not say what it has"):
+        find_splits(f"{web.address}/nothing")
+    shutil.rmtree(layout / "train")
+    with pytest.raises(ValueError, match="no pictures: .* a web server does not say what it has"):
+        find_splits(f"{web.address}/layout")
+
+
 def test_a_damaged_zip_entry_is_noticed(layout):
     _zip(layout)
     data = bytearray((layout / "train.zip").read_bytes())
@@ -135,4 +264,4 @@ def test_karpathys_splits_replace_those_of_coco(layout):
     for name, split in splits.items():
         wanted = {i for i, s in chosen.items() if s.replace("restval", "train") == name}
         assert {r.picture.image_id for r in split.records} == wanted
-    assert [reason for _, reason in splits["train"].left_out] == ["not in Karpathy's splits"]
+    assert [one.reason for one in splits["train"].left_out] == ["not in Karpathy's splits"]
