@@ -34,18 +34,22 @@ def is_visible(path: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
-def files_below(uri: str) -> list[str]:
-    """URIs of the visible files below a folder, sorted; none of a web server, which has no listing.
+def files_below(
+    uri: str, is_meant: Callable[[str, bool], bool] = lambda path, is_folder: is_visible(path)
+) -> list[str]:
+    """URIs of the files below a folder, sorted; none of a web server, which has no listing.
 
-    On local paths links to folders are followed, each folder once, by its own name if it has one
-    there. In a bucket it takes one request for each 1,000 objects.
+    `is_meant` is asked of the path of each below `uri`, and on local paths of each folder as well
+    before it is listed. There links to folders are followed, each folder once, by its own name if
+    it has one there. In a bucket it takes one request for each 1,000 objects.
     """
     if storage.is_local(uri):
-        return sorted(_walk(uri))
-    return [file for file in storage.list_files(uri) if is_visible(file[len(uri) + 1 :])]
+        return sorted(_walk(uri, is_meant))
+    files = storage.list_files(uri)
+    return [file for file in files if is_meant(storage.relative(file, uri), False)]
 
 
-def _walk(top: str) -> Iterator[str]:
+def _walk(top: str, is_meant: Callable[[str, bool], bool]) -> Iterator[str]:
     seen, waiting, links = set[str](), [top], list[str]()
     while waiting or links:
         # links last: what they lead to may be here under its own name
@@ -58,7 +62,9 @@ def _walk(top: str) -> Iterator[str]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:  # no folder, or not ours to read
             continue
-        for entry in filter(lambda entry: is_visible(entry.name), entries):
+        for entry in entries:
+            if not is_meant(storage.relative(entry.path, top), entry.is_dir()):
+                continue
             if entry.is_dir():
                 (links if entry.is_symlink() else waiting).append(entry.path)
             elif entry.is_file():
@@ -176,7 +182,7 @@ def describe(uri: str) -> str:
         return "a web server does not say what it has"
     folders = [] if storage.is_local(uri) else storage.list_folders(uri)
     paths = [f"{folder}/" for folder in folders] or [
-        file[len(uri) + 1 :] for file in files_below(uri)
+        storage.relative(file, uri) for file in files_below(uri)
     ]
     names = [path.rpartition("/")[2] for path in paths]
     kinds = [kind for pattern, kind in FOREIGN if any(re.fullmatch(pattern, n) for n in names)]

@@ -304,7 +304,7 @@ def _locate(source: str, folder: str, names: list[str]) -> list[Location | None]
     place = max(found, key=lambda place: found[place])
     if found[place]:
         return [Location(storage.join(place, name)) for name in names]
-    files = {file[len(source) + 1 :]: file for file in listing.files_below(source)}
+    files = {storage.relative(file, source): file for file in listing.files_below(source)}
     matches = listing.match(names, files, folder, is_ours=False)
     if not matches:
         raise ValueError(

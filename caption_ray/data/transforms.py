@@ -31,6 +31,9 @@ ASPECTS = (3 / 4, 4 / 3)
 JPEG_QUALITY = 90
 """Of the pictures that `shrink` writes, with 4:2:0 chroma."""
 
+HEAD_BYTES = 16
+"""What `is_picture` wants to see."""
+
 _ORIENTATION_TAG = 0x0112
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
@@ -75,6 +78,15 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         width, height = image.size
         what = f"{image.format} of {width} x {height}"
         raise ImageError(f"{what} cannot be decoded: {error}") from error
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether bytes that begin like this are meant as a picture in one of FORMATS."""
+    return (
+        head.startswith(_SIGNATURES)
+        or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
+        or (head[:2], head[6:10]) == (b"BM", bytes(4))
+    )
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -214,7 +226,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        if data.startswith(_SIGNATURES) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
+        if is_picture(data[:HEAD_BYTES]):
             raise ImageError("the header is damaged") from error
         raise UnknownFormatError(
             f"no picture in an accepted format: {', '.join(FORMATS)}"

@@ -6,9 +6,8 @@ The same `Predictor` that serves captions them, so what is measured is what is s
 from __future__ import annotations
 
 import copy
-import fnmatch
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,8 +25,8 @@ from caption_ray.data.dataset import DataSet, Unit
 from caption_ray.data.judge import judge
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.transforms import thumbnail
+from caption_ray.evaluation.finding import find_images
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BATCH_SIZE = 32
 THUMBNAIL_SIDE = 192
 """Longer side of the pictures in reports, in pixels."""
@@ -92,7 +91,8 @@ def caption_files(
     search: SearchConfig | None = None,
     progress: bool = True,
 ) -> int:
-    """Caption every picture that `images` means: one picture, a folder, a glob or a bucket prefix.
+    """Caption every picture that `images` means (see `find_images`): one picture, a folder, a glob
+    or a bucket prefix.
 
     `uri`: of a checkpoint or an ensemble (see `run_folder.find`).
 
@@ -160,33 +160,6 @@ def judge_shapes(records: list[dict[str, Any]]) -> dict[str, float]:
         "complete": sum(j.complete for j in judged) / count,
         "exact": sum(j.true and j.complete for j in judged) / count,
     }
-
-
-def find_images(images: str) -> list[str]:
-    """URIs of the pictures that `images` means; ValueError if it means none."""
-    uri = storage.resolve(images)
-    if storage.exists(uri):
-        return [uri]
-    matches: Callable[[str], bool]
-    if any(mark in uri for mark in "*?["):
-        folder = uri[: min(uri.index(mark) for mark in "*?[" if mark in uri)].rpartition("/")[0]
-        pattern = uri
-
-        def matches(file: str) -> bool:
-            return fnmatch.fnmatchcase(file, pattern)
-    else:
-        folder = uri
-
-        def matches(file: str) -> bool:
-            return file.lower().endswith(SUFFIXES)
-
-    found = [file for file in storage.list_files(folder) if matches(file)]
-    if not found:
-        raise ValueError(
-            f"--images {images}: no picture there; give a picture, a folder or bucket prefix of "
-            f"pictures ({', '.join(SUFFIXES)}) or a glob"
-        )
-    return found
 
 
 def _num_blocks(items: int) -> int:

@@ -84,18 +84,6 @@ def test_the_job_captions_with_an_ensemble_as_it_is_asked_to(tiny_run, scenes, t
         assert line["log_prob"] == pytest.approx(caption.log_prob, abs=1e-3)
 
 
-def test_images_may_be_a_picture_a_folder_or_a_glob(scenes, tmp_path):
-    files = sorted(str(path) for path in (scenes / "val").iterdir())
-    assert evaluate.find_images(files[0]) == [files[0]]
-    assert evaluate.find_images(str(scenes / "val")) == files
-    assert evaluate.find_images(str(scenes / "val" / "*00000*1.jpg")) == [
-        file for file in files if file.endswith("1.jpg")
-    ]
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"--images .*: no picture there; give a picture"):
-        evaluate.find_images(str(tmp_path))
-
-
 def test_the_judge_counts_true_complete_and_exact_captions():
     objects = [
         {"category": "small red star", "bbox": [0.1, 0.4, 0.2, 0.2]},
