@@ -4,6 +4,8 @@ Without arguments: the embedded data set of drawn scenes, some minutes on a lapt
 On a cluster: `ray job submit --working-dir . -- python jobs/train.py coco --data.shards URI ...`.
 """
 
+import shlex
+
 from caption_ray import cluster, config, storage
 from caption_ray.evaluation import evaluate, report
 from caption_ray.training import trainer
@@ -26,7 +28,8 @@ def main() -> None:
     )
     print("\nSample captions of validation pictures:")
     for record in records[:5]:
-        print(f"  {record['file']}: {record['caption']}")
+        said = record["caption"] if record["error"] is None else f"unreadable ({record['error']})"
+        print(f"  {record['file']}: {said}")
     if drawn:
         share = evaluate.judge_shapes(records)
         print(
@@ -37,7 +40,8 @@ def main() -> None:
     print(f"Loss curve: {curve}")
     print(f"Checkpoint: {finished.checkpoint}")
     print("Next: serve run serve_config.yaml")
-    print(f"  or: python jobs/caption.py --checkpoint {finished.run} --images FOLDER --out FILE")
+    run = shlex.quote(finished.run)
+    print(f"  or: python jobs/caption.py --checkpoint {run} --images FOLDER --out FILE")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -147,7 +148,7 @@ def read_index(uri: str) -> Index:
         return Index.from_json(storage.read_text(location), location)
     except FileNotFoundError:
         raise ValueError(
-            f"{location}: no index, so no complete data set; run jobs/ingest.py --out {uri}"
+            f"{location}: no index, so no complete data set; run jobs/ingest.py --out {quote(uri)}"
         ) from None
 
 

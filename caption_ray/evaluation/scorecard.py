@@ -36,6 +36,8 @@ class Scorecard:
     """By name; metrics of `metrics.score` first."""
     skipped: dict[str, str]
     """Metrics that could not be computed, and why."""
+    unread: list[dict[str, Any]]
+    """Pictures that could not be read and so are not scored: `image_id`, `file` and `error`."""
     tables: dict[str, tracking.Table]
     """The captions and pictures of the report."""
     out: str
@@ -43,7 +45,11 @@ class Scorecard:
 
     def table(self) -> str:
         lines = [f"{name:28} {value:10.4f}" for name, value in self.figures.items()]
-        return "\n".join([*lines, *(f"{name:28} - {why}" for name, why in self.skipped.items())])
+        lines += [f"{name:28} - {why}" for name, why in self.skipped.items()]
+        if self.unread:
+            first = f"the first: {self.unread[0]['file']}: {self.unread[0]['error']}"
+            lines.append(f"{'not scored':28} - {len(self.unread)} unreadable pictures, {first}")
+        return "\n".join(lines)
 
 
 def make(
@@ -61,20 +67,24 @@ def make(
     """Caption a split with the checkpoint or ensemble at `uri` and score it; the files go below
     `out` (default: below the run).
 
-    `search` is how captions are searched for (default: as the checkpoint says). Raises ValueError
-    if pictures of the split cannot be read or have no captions to compare with.
+    `search` is how captions are searched for (default: as the checkpoint says). Pictures that
+    cannot be read are not scored, which the scorecard says: a captioner cannot help it. Raises
+    ValueError if none can be read, or one has no captions to compare with.
     """
     start = time.monotonic()
     records = evaluate.caption_split(
         uri, dataset, split, search=search, attention=True, limit=limit, progress=progress
     )
     seconds = time.monotonic() - start
-    unread = [record for record in records if record["error"]]
-    if unread:
-        raise ValueError(
-            f"{len(unread)} pictures of {split} cannot be read, the first is {unread[0]['file']}: "
-            f"{unread[0]['error']}; ingest the data set again"
-        )
+    unread = [
+        {key: record[key] for key in ("image_id", "file", "error")}
+        for record in records
+        if record["error"]
+    ]
+    records = [record for record in records if not record["error"]]
+    if not records:
+        first = f"{unread[0]['file']}: {unread[0]['error']}" if unread else "there is none"
+        raise ValueError(f"{dataset.uri}: no picture of {split} can be read, the first: {first}")
     scores = metrics.score(
         [record["caption"] for record in records],
         [record["references"] for record in records],
@@ -87,6 +97,7 @@ def make(
     card = Scorecard(
         figures,
         scores.skipped,
+        unread,
         tables,
         storage.resolve(out or run_folder.evaluation_folder(uri, split)),
     )
@@ -141,7 +152,8 @@ def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str,
         )
         for record in records
     ]
-    document = {"checkpoint": uri, "split": split, **card.figures, "skipped": card.skipped}
+    document = {"checkpoint": uri, "split": split, **card.figures}
+    document |= {"skipped": card.skipped, "unread": card.unread}
     members = checkpoint.members(uri)
     names = [f"{storage.name(storage.parent(one))}, {storage.name(one)}" for one in members]
     curves: dict[str, bytes] = {}

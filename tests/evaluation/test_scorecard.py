@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from caption_ray import config, storage
 from caption_ray.captioning import metrics, run_folder
 from caption_ray.config import SearchConfig
-from caption_ray.data.dataset import open_shards
+from caption_ray.data.dataset import open_shards, open_source
 from caption_ray.evaluation import evaluate, scorecard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +56,7 @@ def test_figures_are_written_and_shown(card: scorecard.Scorecard) -> None:
     document = json.loads(read(card, "metrics.json"))
     assert document["split"] == "val" and document["images"] == 12
     assert document["skipped"] == {"METEOR": "not asked for", "SPICE": "not asked for"}
+    assert document["unread"] == [] and "not scored" not in card.table()
     for name, value in card.figures.items():
         assert document[name] == value
         assert f"{name:28} {value:10.4f}" in card.table()
@@ -122,6 +123,30 @@ def test_an_ensemble_has_a_scorecard_of_its_own(
     results = json.loads(read(found, "captions_val_caption_ray_results.json"))
     assert [one["caption"] for one in results] == [one["caption"] for one in alone]
     assert scorecard.log(found, uri, "val") is None, "it belongs to no run"
+
+
+def test_pictures_that_cannot_be_read_are_told_and_the_others_scored(
+    tiny_run: str, scenes: Path, local_ray: None, tmp_path: Path
+) -> None:
+    source = shutil.copytree(scenes, tmp_path / "source")
+    first, second, *others = sorted((source / "val").iterdir())
+    first.unlink()
+    second.write_bytes(b"no picture")
+    uri, dataset = run_folder.find(tiny_run), open_source(str(source), seed=0)
+
+    def make(out: Path) -> scorecard.Scorecard:
+        return scorecard.make(uri, dataset, "val", str(out), java=False, progress=False)
+
+    found = make(tmp_path / "out")
+    assert found.figures["images"] == len(others) == 10
+    document = json.loads(read(found, "metrics.json"))
+    assert [one["file"] for one in document["unread"]] == [first.name, second.name]
+    assert [one["error"][:7] for one in document["unread"]] == ["missing", "corrupt"]
+    assert f"2 unreadable pictures, the first: {first.name}: missing" in found.table()
+    assert len(json.loads(read(found, "captions_val_caption_ray_results.json"))) == 10
+    shutil.rmtree(source / "val")
+    with pytest.raises(ValueError, match=f"no picture of val can be read, .*{first.name}: missing"):
+        make(tmp_path / "none")
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "none"])
