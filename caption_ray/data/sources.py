@@ -138,6 +138,11 @@ def _unpack(location: Location, offset: int) -> bytes:
     return data
 
 
+LAYOUTS: dict[str, Callable[[str, str], Split | None]] = {}
+"""Layouts that are not COCO's, by name: each a function of the source and a split, which returns
+None where the source is laid out otherwise. Another one needs its function and a line here."""
+
+
 def find_splits(
     source: str, *, splits: tuple[str, ...] = SPLITS, karpathy: str | None = None
 ) -> dict[str, Split]:
@@ -156,6 +161,9 @@ def find_splits(
 
 
 def _find_split(source: str, split: str) -> Split:
+    for find in LAYOUTS.values():
+        if (found := find(source, split)) is not None:
+            return found
     for year in YEARS:
         with _annotation_files(source, split, year) as files:
             if files is not None:

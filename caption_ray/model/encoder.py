@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -117,8 +117,8 @@ def build_encoder(config: EncoderConfig, weights_path: str | None) -> Encoder:
     weights or stage, for a file whose weights do not fit the backbone, and for an image size that
     the backbone does not accept.
     """
-    small = config.name == "small"
-    backbone, dropped = (small_backbone(), set()) if small else _torchvision_backbone(config)
+    own = BACKBONES.get(config.name)
+    backbone, dropped = (own(config), set()) if own else _torchvision_backbone(config)
     if is_weights_uri(config.weights):
         if weights_path is None:
             raise ValueError(f"--model.encoder.weights is {config.weights!r}: give the local file")
@@ -165,6 +165,13 @@ def small_backbone() -> nn.Module:
     return nn.Sequential(stages | {"coordinates": _Coordinates()})
 
 
+BACKBONES: dict[str, Callable[[EncoderConfig], nn.Module]] = {
+    "small": lambda config: small_backbone(),
+}
+"""Backbones that are not torchvision's, by name. Another one needs its function and a line here: a
+module that makes a feature map (B, E, h, w) of normalised pixels (B, 3, S, S)."""
+
+
 class _Coordinates(nn.Module):
     """Appends column and row, from -1 to 1, as channels: CoordConv (Liu et al., 1807.03247).
 
@@ -189,8 +196,8 @@ def _torchvision_backbone(config: EncoderConfig) -> tuple[nn.Module, set[str]]:
     names = models.list_models(module=models)
     if config.name not in names:
         raise ValueError(
-            f"--model.encoder.name is {config.name!r}: give 'small' or one of torchvision's "
-            f"classification backbones{_did_you_mean(config.name, names)}"
+            f"--model.encoder.name is {config.name!r}: give {', '.join(map(repr, BACKBONES))} or "
+            f"one of torchvision's classification backbones{_did_you_mean(config.name, names)}"
         )
     options: dict[str, Any] = {}
     if config.name.startswith("vit"):
@@ -315,7 +322,7 @@ def _has_parameters(module: nn.Module) -> bool:
 def _torchvision_weights(config: EncoderConfig) -> models.WeightsEnum:
     from torchvision import models
 
-    valid = {} if config.name == "small" else models.get_model_weights(config.name).__members__
+    valid = {} if config.name in BACKBONES else models.get_model_weights(config.name).__members__
     if config.weights not in valid:
         raise ValueError(
             f"--model.encoder.weights is {config.weights!r}: for {config.name} give "
@@ -367,5 +374,5 @@ def _load(
 
 
 def _did_you_mean(name: str, valid: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, ["small", *valid], n=3)
+    close = difflib.get_close_matches(name, [*BACKBONES, *valid], n=3)
     return f"; did you mean {' or '.join(close)}?" if close else ", such as resnet50"
