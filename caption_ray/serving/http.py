@@ -152,7 +152,7 @@ def _content_security_policy(html: str) -> str:
 
 
 def _drawn_scenes() -> dict[str, bytes]:
-    """Scenes of the embedded data set: PNG bytes by name."""
+    """Scenes of the embedded data set: PNG bytes by name. The README asks for scene-1.png."""
     pictures = {}
     for number in range(MAX_EXAMPLES):
         buffer = io.BytesIO()

@@ -10,17 +10,24 @@ import io
 import json
 import logging
 import re
+import shutil
+import socket
+import subprocess
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
 from caption_ray.serving import auth
 from caption_ray.serving.batching import QueueFullError
 from caption_ray.serving.contract import UnavailableError
+
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 Pictures = Callable[..., bytes]
 Clients = Callable[..., TestClient]
@@ -630,7 +637,7 @@ def test_only_the_pages_own_code_runs_and_it_talks_to_this_server_only(client: C
 def test_scenes_are_drawn_if_no_examples_are_given(client: Clients) -> None:
     http = client()
     examples = http.get("/examples").json()["examples"]
-    assert len(examples) == 4
+    assert [example["name"] for example in examples] == [f"scene-{n}.png" for n in range(1, 5)]
     pictures = set()
     for example in examples:
         answer = http.get(f"/{example['url']}")
@@ -640,6 +647,26 @@ def test_scenes_are_drawn_if_no_examples_are_given(client: Clients) -> None:
         pictures.add(answer.content)
     assert len(pictures) == 4
     assert pictures == {http.get(f"/{example['url']}").content for example in examples}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_curl_command_of_the_readme_works_as_printed(client: Clients) -> None:
+    (command,) = re.findall(r"^curl .*/caption$", README.read_text(), re.MULTILINE)
+    server = uvicorn.Server(uvicorn.Config(client().app, lifespan="off", log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        port = str(listener.getsockname()[1])
+        here = command.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        assert here.count(port) == 2
+        try:
+            answer = subprocess.run(here, shell=True, capture_output=True, text=True, timeout=60)
+        finally:
+            server.should_exit = True
+            thread.join()
+    assert answer.returncode == 0
+    (caption,) = json.loads(answer.stdout)
+    assert set(caption) == {"generated_text", "log_prob"}
 
 
 def test_the_first_pictures_of_a_folder_are_examples(
