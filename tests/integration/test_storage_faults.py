@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 
 import boto3
 import numpy as np
+import patience
 import pytest
 from fault_proxy import FAULTS, FaultProxy
 
@@ -19,7 +20,7 @@ from caption_ray import storage
 def proxy(s3, monkeypatch):
     """No faults yet; storage goes through it, with little patience."""
     monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setenv(storage.READ_TIMEOUT_VARIABLE, "0.5")
+    monkeypatch.setenv(storage.READ_TIMEOUT_VARIABLE, str(patience.scaled(0.5)))
     with FaultProxy(s3.endpoint_url, trickle_s=0.1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         storage._backend.cache_clear()
