@@ -1,4 +1,4 @@
-"""Connecting to Ray, and what the cluster offers: the settings that every job shares."""
+"""Connecting to Ray, the Ray settings that all jobs share, and what the cluster offers."""
 
 from __future__ import annotations
 
@@ -19,62 +19,63 @@ from caption_ray import ray_internals
 from caption_ray.config import from_environment
 
 GPU_VARIABLE = "CAPTION_RAY_NUM_GPUS"
-"""Environment variable that says that GPUs can be had although none is up: clusters that start GPU
+"""Environment variable that promises GPUs although no node has one yet: clusters that start GPU
 nodes on demand show none until something asks for one."""
 
 NO_PROGRESS_TIMEOUT = 24 * 3600.0
-"""Seconds; Ray Data otherwise ends a run whose consumer pauses for half an hour (a long
+"""Seconds. By default Ray Data aborts a run whose consumer pauses for half an hour (a long
 validation, a checkpoint to slow storage)."""
 
 WORKER_ENVIRONMENT = {
-    # OpenMP threads otherwise spin while they wait for each other, which makes a step ten times
+    # OpenMP threads spin by default while they wait for each other, which makes a step ten times
     # slower as soon as decoding needs one of the cores
     "OMP_WAIT_POLICY": "PASSIVE",
-    # without it cuBLAS has no deterministic kernels to offer (--train.deterministic)
+    # without this cuBLAS has no deterministic kernels (--train.deterministic)
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 """Environment of training workers."""
 
 SERVING_ENVIRONMENT = {
-    # Threads spin for some 0.1 ms before they sleep: a caption has 1,500 moments at which they wait
-    # for each other, and to be woken takes longer. A picture alone takes 170 ms so, else 240.
+    # Threads spin for about 0.1 ms before they sleep. A caption has 1,500 moments at which they
+    # wait for each other, and waking up takes longer than that. One picture takes 170 ms this way,
+    # 240 ms otherwise.
     "GOMP_SPINCOUNT": "10000",
-    # Ray's event loops for itself, for our code and for calls between deployments are one: nothing
-    # of ours blocks it, and each picture otherwise waits for several more threads to wake.
+    # One event loop for Ray, for our code and for calls between deployments: nothing of ours blocks
+    # it, and with separate loops each picture waits for several more threads to wake up.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 """Environment of the endpoint's processes."""
 
 TRAIN_ENVIRONMENT = {
-    # how soon workers hear of a node that is about to go: of its last seconds, a checkpoint needs
-    # the most
+    # how soon workers hear that a node is being preempted: the checkpoint needs most of the seconds
+    # that are left
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
-    # between two looks at workers and validations: a run of three epochs otherwise idles 6 s at its
-    # end, and a worker's death goes unnoticed for 2
+    # between two looks at workers and validations. With Ray's 2 s, a run of three epochs idles for
+    # 6 s at its end, and a worker's death goes unnoticed for 2
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 ELASTIC_ENVIRONMENT = {
-    # Ray Train counts nodes every 20 s: just after a loss it asks for more workers than there is
-    # room for, and only when this time is over does it count again
+    # Ray Train counts nodes every 20 s. Just after a loss it asks for more workers than there is
+    # room for, and counts again only after this time
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
-"""Ray Train's own settings, which it takes from the driver's environment; what is set there goes
-before these. The second where the number of workers may change."""
+"""Settings that Ray Train takes from the driver's environment; what is set there already has
+precedence. The second applies where the number of workers may change."""
 
 RESIZE_SECONDS = 30.0
-"""Between two looks whether more training workers can be had (`train.min_workers`); a change costs
-a start of all workers."""
+"""Seconds between checks whether there is room for more training workers (`train.min_workers`);
+using it costs a restart of all workers."""
 
 
 def connect() -> None:
-    """Join the cluster that `ray job submit` or RAY_ADDRESS names, or that runs on this machine,
-    else start a local one."""
+    """Join the cluster that `ray job submit` or RAY_ADDRESS names, or one that runs on this
+    machine; start a local one if there is none."""
     if not ray.is_initialized():
-        # with its dashboard: Ray Train's cleaner of placement groups asks it twice a second, and
-        # complains on the console each time that it gets no answer
+        # with its dashboard: Ray Train's cleaner of placement groups queries it twice a second, and
+        # complains on the console whenever it gets no answer
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
-        # of a Ray that was started here, nobody else could tell the address (see configure_train)
+        # nobody else knows the address of a Ray that was started here (see configure_train)
         if "://" not in os.environ.get("RAY_ADDRESS", ""):
             os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     configure_data()
@@ -82,8 +83,8 @@ def connect() -> None:
 
 def configure_train(elastic: bool) -> None:
     """Ray Train's settings for this process, the driver."""
-    # Its cleaner of placement groups otherwise looks for a Ray on its machine, and gives up where
-    # there are two: that of a run, and that of the `serve run` which follows it.
+    # Without the address, its cleaner of placement groups looks for a Ray on its machine, and gives
+    # up if there are two: that of this run, and that of a `serve run` beside it.
     ray_internals.pass_on_to_train("RAY_ADDRESS")
     for name, value in {**TRAIN_ENVIRONMENT, **(ELASTIC_ENVIRONMENT if elastic else {})}.items():
         os.environ.setdefault(name, value)
@@ -95,24 +96,24 @@ def configure_data() -> None:
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT
     context.enable_progress_bars = False  # the jobs show their own
     ray_internals.slow_down_polling()
-    # what these say of every dataset is of interest to Ray's developers
+    # these log details of every dataset that only interest Ray's developers
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
 
 
-def hold_data_here() -> None:
-    """Have Ray Data put its own actors on this process's node.
+def keep_data_actors_here() -> None:
+    """Make Ray Data place its own actors on this process's node.
 
-    They stay for good where Ray Data is first used: in a training worker, that would be a GPU node,
-    which then never is idle enough to be given back.
+    They stay where Ray Data is first used. In a training worker that would be a GPU node, which
+    then would never count as idle, and never be released.
     """
     for _ in ray.data.from_items([0]).iter_batches():
         pass
 
 
 def on_this_node() -> dict[str, Any]:
-    """Options of an actor that takes no CPU and lives on this process's node: only then does no
-    other node's death take it along. Its calls, several a second, are not recorded."""
+    """Options of an actor that takes no CPU and lives on this process's node, so that it does not
+    die with another node. Its calls, several a second, are not recorded."""
     here = ray.get_runtime_context().get_node_id()
     return {
         "num_cpus": 0,
@@ -133,7 +134,7 @@ def original_errors() -> Iterator[None]:
 
 
 def progress_bar(total: int, doing: str, shown: bool, unit: str = "image") -> tqdm[Any]:
-    """A bar that counts images, say; in a log file, where each refresh is a line, a slow one."""
+    """A progress bar. In a log file, where each refresh adds a line, it is refreshed rarely."""
     pause = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(total=total, unit=unit, desc=doing, disable=not shown, mininterval=pause)
 

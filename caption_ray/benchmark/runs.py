@@ -32,7 +32,7 @@ def on_ray(num_cpus: int) -> Iterator[None]:
     local = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": num_cpus}
     ray.init(log_to_driver=False, **local)
     cluster.configure_data()
-    cluster.hold_data_here()
+    cluster.keep_data_actors_here()
     try:
         yield
     finally:

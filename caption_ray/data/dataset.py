@@ -1,4 +1,7 @@
-"""A data set as units of reading: shards that ingest wrote, raw pictures, features."""
+"""A data set as units that are read as a whole: shards that ingest wrote, raw pictures, features.
+
+Training, evaluation and the feature cache read through it; nothing here needs Ray.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class ShardFile:
         return rows
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """What `read` gives, without a copy of each picture."""
+        """The same as `read`, as a table, without copying each picture."""
         try:
             data = storage.read_verified(self.uri, self.shard.bytes, self.shard.checksum)
         except storage.DamagedError as error:
@@ -56,7 +59,7 @@ class ShardFile:
         return shards.from_bytes(data, columns)
 
     def captions(self) -> list[list[str]]:
-        """What people wrote of each picture, without reading the pictures."""
+        """The captions of each picture, without reading the pictures."""
         with storage.open_seekable(self.uri) as file:
             return shards.read_captions(file)
 
@@ -79,7 +82,7 @@ class RawImages:
         return self
 
     def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """All rows, always whole; unreadable pictures have an `error` instead of an `image`."""
+        """All rows with all columns; unreadable pictures have an `error` instead of an `image`."""
         with ThreadPoolExecutor(READ_THREADS) as threads:
             return list(threads.map(lambda record: to_row(record, None), self.records))
 
@@ -88,7 +91,7 @@ class RawImages:
         return pa.Table.from_pylist(self.read(), schema=shards.SCHEMA)
 
     def captions(self) -> list[list[str]]:
-        """What people wrote of each picture."""
+        """The captions of each picture."""
         return [list(record.picture.captions) for record in self.records]
 
 
@@ -116,7 +119,7 @@ class FeatureFile:
         return feature_shards.from_bytes(data)
 
     def captions(self) -> list[list[str]]:
-        """What people wrote of each picture."""
+        """The captions of each picture."""
         return self.pictures.captions()
 
 
@@ -132,7 +135,8 @@ class DataSet:
     splits: Mapping[str, Sequence[Unit]]
     word_counts: dict[str, int]
     digest: str
-    """Of which pictures with which captions stand where: what an epoch's ledger refers to."""
+    """Digest of which pictures with which captions stand where: an epoch's ledger is only valid for
+    this one."""
 
     def rows(self, split: str) -> list[int]:
         """Pictures in each unit of a split; ValueError naming the splits there are."""
@@ -168,7 +172,7 @@ def open_shards(uri: str) -> DataSet:
 
 
 def open_source(uri: str, *, seed: int) -> DataSet:
-    """The pictures of a COCO layout as they lie, without ingest, in a shuffled order."""
+    """The pictures of a COCO layout read from where they are, without ingest, in shuffled order."""
     splits: dict[str, list[Unit]] = {}
     counts: dict[str, int] = {}
     order_of: dict[str, list[list[Record]]] = {}

@@ -1,6 +1,6 @@
-"""Pictures decoded near the trainer: by threads of its process, or by its GPU.
+"""Decoding near the trainer: in threads of its process, or on its GPU. pipeline.py calls it.
 
-B pictures of a batch, S side of the square that a picture becomes.
+B pictures in a batch, S side of the square that a picture becomes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from caption_ray.data.preparation import Preparation
 from caption_ray.data.transforms import Window
 
 AHEAD = 2
-"""Batches that are decoded, or being decoded, before they are asked for."""
+"""How many batches are prefetched: decoded, or being decoded, before they are asked for."""
 
 TOGETHER = 4
 """Pictures that a decoding thread takes at a time."""
 
 Columns: TypeAlias = dict[str, Any]
-"""What Preparation gives of each of B pictures, stacked."""
+"""What `Preparation` gives for each of the B pictures, stacked."""
 
 Undecoded: TypeAlias = tuple[Sequence[pa.Scalar], Columns]
 """The encoded pictures of a batch, and its columns except `inputs`."""
@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 def decoded(
     batches: Iterable[Undecoded], prepare: Preparation, threads: int, device: torch.device | None
 ) -> Iterator[Columns]:
-    """The batches with their pictures as `inputs`, uint8 (B, S, S, 3), made by so many threads that
-    are AHEAD of the reader: as arrays, or with a device on that (see `squares_on`)."""
+    """The batches with their pictures as `inputs`, uint8 (B, S, S, 3), decoded by `threads` threads
+    that work AHEAD of the reader: arrays, or tensors on `device` if there is one (see
+    `squares_on`)."""
     ahead: deque[tuple[Columns, list[Future[None]]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
@@ -96,7 +97,7 @@ def _square(
     prepare: Preparation,
     out: NDArray[np.uint8],
 ) -> None:
-    """Decode picture `i` into `out`, and note it if that cannot be done."""
+    """Decode picture `i` into `out`, or note why that is impossible."""
     row = {name: columns[name][i] for name in ("tokens", "number", "file_name", "flip", "error")}
     prepare.square(encoded[i].as_py(), row, out)
     if row["error"]:
@@ -109,11 +110,11 @@ def _square(
 def squares_on(
     device: torch.device, encoded: Sequence[pa.Scalar], columns: Columns, prepare: Preparation
 ) -> Tensor:
-    """The same squares decoded (by nvJPEG) and resized on `device`: uint8 (B, S, S, 3).
+    """The same squares, decoded (by nvJPEG) and resized on `device`: uint8 (B, S, S, 3).
 
-    They show the same part of each picture, and differ by what decoders may round as they like.
-    What is no upright JPEG in colour or grey is decoded by this thread instead, and so is, with a
-    warning, a batch that the device's decoder refuses.
+    They show the same part of each picture and differ only by rounding, which the JPEG standard
+    leaves to the decoder. Whatever is not an upright JPEG in colour or grey is decoded by this
+    thread on the CPU instead; so is, with a warning, a batch that the device's decoder refuses.
     """
     size = prepare.encoder.image_size
     places, pictures, windows = [], [], []
@@ -146,7 +147,7 @@ def squares_on(
 
 
 def _upright_jpeg_shape(data: bytes | None) -> tuple[int, int] | None:
-    """Of what the device can decode; the rest, and the reasons, are the CPU's affair."""
+    """(height, width) of what the device can decode; None for what the CPU has to look at."""
     try:
         return transforms.upright_jpeg_shape(data) if data else None
     except transforms.ImageError:
@@ -159,7 +160,7 @@ def _decode(
     """What the windows show of the JPEGs: uint8 (S, S, 3) each."""
     if not pictures:
         return []
-    # not for those who decode otherwise: it takes a second to load
+    # imported here, because it takes a second to load and most runs never need it
     from torchvision.io import ImageReadMode, decode_jpeg
 
     encoded = [torch.tensor(np.frombuffer(picture, np.uint8)) for picture in pictures]
@@ -172,7 +173,7 @@ def _squeeze(image: Tensor, window: Window, size: int) -> Tensor:
     top, left, height, width, is_mirrored = window
     part = image[:, top : top + height, left : left + width]
     if (height, width) != (size, size):
-        # in floating point: only CPUs have a kernel for uint8
+        # in floating point, because only CPUs have a kernel for uint8
         part = torch.nn.functional.interpolate(
             part[None].float(), (size, size), mode="bilinear", antialias=True
         )[0]
@@ -191,5 +192,5 @@ def _own_stream(device: torch.device) -> contextlib.AbstractContextManager[objec
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all threads and epochs: torch keeps memory for each stream there ever was."""
+    """One stream for all threads and epochs: torch keeps memory for every stream it ever made."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""The format of feature shards: what a frozen encoder made of a shard's pictures, in Arrow's IPC
-format, whose numbers are read where they lie, without a copy.
+"""The format of feature shards: the features that a frozen encoder computed for the pictures of a
+shard, in Arrow's IPC format, whose numbers can be used in place, without a copy.
 
-Pure functions of bytes; whoever calls them moves the bytes.
+Pure functions of bytes; the caller reads and writes them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def to_bytes(
     captions: Sequence[Sequence[str]],
     errors: Sequence[str],
 ) -> bytes:
-    """A feature shard: regions float16 (rows, N, E), and for each row the picture's id, what people
-    wrote of it, and why it could not be read ("" if it could)."""
+    """A feature shard: regions float16 (rows, N, E), and for each row the picture's id, its
+    captions, and why it could not be read ("" if it could)."""
     rows, *shape = regions.shape
     flat = pa.FixedSizeListArray.from_arrays(pa.array(regions.reshape(-1)), int(np.prod(shape)))
     columns = {

@@ -1,12 +1,12 @@
 """Ray Data: shards -> decoded, augmented, tokenised, shuffled batches.
 
-Each training worker builds its own dataset for each epoch from `plan_epoch`: which pictures it
-reads is then a pure function of (seed, epoch, rank), nothing is dropped to make the shares equal,
-and an interrupted epoch can be continued with what is left of it. A shard is one Ray Data task,
-which reads and tokenises. Pictures are decoded there as well (far: on any node, and they cross the
-object store as uint8 tensors of fixed shape) or in threads of the process that wants the batches
-(near: what crosses is encoded, a fifth of the bytes or less). Batches are the same either way, but
-for rounding where the near process has a GPU decode.
+Each training worker builds its own dataset for each epoch from `plan_epoch`. So the pictures that
+it reads are a pure function of (seed, epoch, rank), none is dropped to make the shares equal, and
+an interrupted epoch continues with what is left of it. A shard is one Ray Data task, which reads
+and tokenises. Pictures are decoded either there (far: on any node; they cross the object store as
+uint8 tensors of fixed shape) or in threads of the process that wants the batches (near: they cross
+encoded, in a fifth of the bytes or less). The batches are the same either way, except for rounding
+where a GPU decodes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from caption_ray.data.preparation import Preparation
 from caption_ray.data.read_tasks import SliceSource
 
 BLOCK_BYTES = 16 * 2**20
-"""What a task yields is joined to blocks of this size: small enough for an early first batch and
-little memory, large enough for Ray not to be busy with blocks. (Ray's own 128 MiB is a whole shard,
-and trebles the time to the first batch; 8 MiB cost a twentieth of the speed.)"""
+"""Size of the blocks that a task yields: small enough for an early first batch and little memory,
+large enough that Ray does not spend its time on handling blocks. (Ray's default of 128 MiB is a
+whole shard and trebles the time to the first batch; 8 MiB cost a twentieth of the speed.)"""
 
 STORE_BYTES = 64 * 2**20
-"""What may lie in the object store for each CPU that reads, and for four at least: what a task has
-on its way, twice. Without a bound, reading runs ahead of the trainer while the store has room, and
-6,000 pictures of COCO's size took 800 MiB more; it was no faster for that."""
+"""Bytes that may lie in the object store for each CPU that reads (counted as four at least): twice
+what one task has in flight. Without a bound, reading runs ahead of the trainer as long as the store
+has room: 6,000 pictures of COCO's size took 800 MiB more, and were read no faster."""
 
 
 class TooManyBadImages(RuntimeError):
@@ -74,8 +74,9 @@ def batches(
     decode_threads: int = 0,
     decode_on: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """The pictures of `slices`, read by at most `cpus` CPUs of the cluster at a time and decoded by
-    them (far), or by so many threads of this process (near), which may have a GPU do it."""
+    """The pictures of `slices`, collated into batches. They are read by at most `cpus` CPUs of the
+    cluster at a time, and decoded by these (far) or, if `decode_threads` is above 0, by that many
+    threads of this process (near), which may let the GPU `decode_on` do it."""
     if not slices:
         return
     context = ray.data.DataContext.get_current().copy()
@@ -89,7 +90,7 @@ def batches(
         dataset = ray.data.read_datasource(
             SliceSource(units, slices, prepare, decode=not is_near), override_num_blocks=len(slices)
         )
-        # whole blocks as they lie in the object store: Ray's batches would be copies
+        # whole blocks, as they lie in the object store: batches made by Ray would be copies
         blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
         parts = _rebatched(blocks, batch_size)
         if is_near:
@@ -108,7 +109,7 @@ def batches(
 
 
 def _rebatched(blocks: Iterable[pa.Table], batch_size: int) -> Iterator[list[pa.Table]]:
-    """The same rows in batches, each of parts that are views of the blocks."""
+    """The same rows in batches; each batch is a list of views of the blocks."""
     parts: list[pa.Table] = []
     wanted = batch_size
     for block in blocks:
@@ -126,7 +127,7 @@ def _rebatched(blocks: Iterable[pa.Table], batch_size: int) -> Iterator[list[pa.
 
 
 def _arrays(parts: list[pa.Table]) -> decode_near.Columns:
-    """The rows of a batch as arrays: read-only views, if all lie in one block."""
+    """The rows of a batch as arrays; read-only views where all lie in one block."""
     of_parts = [BlockAccessor.for_block(part).to_batch_format("numpy") for part in parts]
     if len(of_parts) == 1:
         return dict(of_parts[0])

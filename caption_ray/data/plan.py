@@ -1,6 +1,7 @@
-"""Which worker reads which pictures of an epoch, in which order: pure functions of the sizes.
+"""The sampler: which worker reads which pictures of an epoch, and in which order.
 
-Pictures of a split are numbered through its shards: picture i is row i - offset of its shard.
+Pure functions of shard sizes, seed, epoch and rank; they read nothing. The pictures of a split are
+numbered across its shards: picture i is row i - first of the shard that holds it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """Rows of one shard, in the order in which they are to be delivered."""
+    """Rows of one shard, in the order in which they are delivered."""
 
     shard: int
     rows: NDArray[np.int64]
@@ -31,11 +32,13 @@ def plan_epoch(
     limit: int | None = None,
     consumed: NDArray[np.bool_] | None = None,
 ) -> list[ShardSlice]:
-    """The slices that worker `rank` reads; over all ranks each picture stands exactly once.
+    """The slices that worker `rank` reads; over all ranks every picture occurs exactly once.
 
-    shuffle: (seed, epoch) for a new order of shards and of rows in each; None for stored order.
-    limit: only the first so many pictures. consumed: bool (pictures,), those to leave out.
-    Ranks get equally many pictures, give or take one; a shard on the border goes to two ranks.
+    shuffle: (seed, epoch) for a new order of the shards and of the rows in each; None keeps the
+    stored order. limit: read only this many pictures, the first ones. consumed: bool (pictures,),
+    those that were read before (sampler state of an interrupted epoch) and are left out. The ranks
+    get equally many pictures, give or take one; a shard on the border between two ranks is read by
+    both.
     """
     assert 0 <= rank < world_size
     sizes = np.asarray(rows_per_shard, dtype=np.int64)
@@ -54,7 +57,7 @@ def plan_epoch(
         rows = np.arange(sizes[shard])
         if shuffle is not None:
             rows = np.random.default_rng([*shuffle, 1, int(shard)]).permutation(rows)
-        # only now: what is left of an interrupted epoch keeps its order
+        # dropped only after the shuffle, so that the rest of an interrupted epoch keeps its order
         rows = rows[wanted[first + rows]]
         row_of.append(rows)
         shard_of.append(np.full(len(rows), shard))

@@ -1,4 +1,7 @@
-"""From rows of shards to arrays: captions as tokens, pictures as squares."""
+"""From a row of a shard to arrays: captions become tokens, pictures become squares.
+
+Read tasks, decoding threads and the feature cache call it; it reads no files itself.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,17 @@ class Preparation:
     data: DataConfig
     vocabulary: Vocabulary
     augment: tuple[int, int] | None
-    """(seed, epoch) of the random crops, flips and choice of captions; None outside training."""
+    """(seed, epoch) that the random crops, flips and choice of captions are drawn from; None
+    outside training, where nothing is random."""
     with_captions: bool = False
-    """Whether what people wrote comes along as text, whole."""
+    """Whether the captions also come along as text, uncut (for self-critical training)."""
 
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         """One row of a shard as arrays: `inputs` uint8 (S, S, 3), or regions float16 (N, E) of a
         feature shard; `tokens` int32 (K, L).
 
-        A picture that cannot be decoded gives a black one without tokens, which adds nothing to
-        any loss, and `error` says why.
+        A picture that cannot be decoded becomes a black one without tokens, which adds nothing to
+        any loss; `error` says why.
         """
         prepared = self.without_inputs(row, number)
         if "regions" in row:
@@ -65,7 +69,7 @@ class Preparation:
         return prepared
 
     def square(self, data: bytes | None, prepared: dict[str, Any], out: NDArray[np.uint8]) -> None:
-        """Decode the picture of a row that is prepared but for it into `out`, uint8 (S, S, 3)."""
+        """Decode the picture of a row prepared by `without_inputs` into `out`, uint8 (S, S, 3)."""
         error = prepared["error"]
         if not error:
             try:
@@ -84,9 +88,9 @@ class Preparation:
         return transforms.squeeze(image, window, self.encoder.image_size)
 
     def window(self, height: int, width: int, number: int, flip: bool) -> Window:
-        """What a picture of `height` x `width` shows of itself: the same each time it is asked for.
+        """The part of a picture of `height` x `width` that is shown; every call gives the same.
 
-        number: the picture's in its split. flip: whether it may be mirrored.
+        number: of the picture in its split. flip: whether it may be mirrored.
         """
         if self.augment is None or (self.data.min_crop == 1 and not self.data.flip):
             return transforms.fitting(height, width, self.encoder.image_fit)
@@ -95,6 +99,6 @@ class Preparation:
 
 
 def _blank(prepared: dict[str, Any], error: str) -> None:
-    """Have the row weigh nothing, and say why."""
+    """Make the row weigh nothing in any loss, and note the reason."""
     prepared["tokens"][:] = 0
     prepared["captions_json"], prepared["error"] = "", error

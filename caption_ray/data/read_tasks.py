@@ -1,6 +1,7 @@
-"""What Ray Data's read tasks do: the rows of a slice, tokenised and maybe decoded, as blocks.
+"""What Ray Data's read tasks do: read the rows of a slice, tokenise them, decode them if decoding
+is far, and yield them as blocks.
 
-Their processes load no torch unless they decode: it would take each of them 250 MiB of memory and
+Their processes must not load torch unless they decode: it costs each of them 250 MiB of memory and
 more than a second at its start.
 """
 
@@ -25,7 +26,7 @@ BLOCK_ROWS = 64
 """Pictures that a task yields at a time."""
 
 COLUMNS = ("image_id", "file_name", "image", "captions", "error")
-"""What training reads of a shard; boxes and the like cost time."""
+"""The columns that training reads; boxes and the like would only cost time."""
 
 
 def _to_block(rows: list[dict[str, Any]]) -> pa.Table:
@@ -39,7 +40,7 @@ def _to_block(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 class SliceSource(Datasource):
-    """One read task per slice, which reads, tokenises and maybe decodes, and yields blocks."""
+    """A Ray Data source with one read task per slice."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class SliceSource(Datasource):
         decode: bool = True,
         block_rows: int | None = BLOCK_ROWS,
     ):
-        """block_rows: None for one block a slice."""
+        """block_rows: pictures in a block; None makes one block of each slice."""
         super().__init__()
         self.units, self.slices = units, slices
         self.decode, self.block_rows = decode, block_rows

@@ -1,6 +1,6 @@
 """The shard format: Parquet files of encoded pictures with their captions, and the index of them.
 
-Pure functions of bytes; whoever calls them moves the bytes.
+Pure functions of bytes; the caller reads and writes them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def outline(left_out: Iterable[LeftOut]) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """What an ingest wrote: every shard of every split, and what was left out."""
+    """What an ingest wrote: every shard of every split, and the pictures that it left out."""
 
     source: str
     """Where the pictures came from."""
@@ -125,7 +125,7 @@ class Index:
 
 
 def to_bytes(rows: list[dict[str, Any]]) -> bytes:
-    """A shard file of these rows (SCHEMA); the same rows give the same bytes."""
+    """A shard file with these rows (see SCHEMA); the same rows always give the same bytes."""
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     # JPEG does not compress further, and statistics over pictures would only cost space
@@ -140,7 +140,7 @@ def from_bytes(data: bytes | memoryview, columns: Sequence[str] | None = None) -
 
 
 def read_captions(file: BinaryIO) -> list[list[str]]:
-    """The captions of each row of a shard file, of which little else is read."""
+    """The captions of each row of a shard file, without reading the pictures."""
     table = pq.read_table(pa.PythonFile(file, mode="r"), columns=["captions"], pre_buffer=False)
     captions: list[list[str]] = table["captions"].to_pylist()
     return captions

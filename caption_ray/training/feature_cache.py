@@ -1,11 +1,11 @@
-"""What a frozen encoder makes of each picture, computed once: a Ray Data job that writes feature
-shards beside the picture shards, and the data set that training reads instead.
+"""The features of a frozen encoder, computed once per picture: a Ray Data job that writes feature
+shards beside the picture shards, and the data set that training reads instead of pictures.
 
-Features lie below `features/KEY`, and KEY is the digest of all that they depend on: the pictures,
-what becomes of one before the encoder sees it, and the encoder with its weights. So whatever
-changes, other features are made, and stale ones are never read. A feature shard counts once its
-receipt is there; an interrupted job is completed by the next one, which also adds what an earlier
-one was not asked for (`data.max_images`).
+Features lie below `features/KEY`. KEY is the digest of all that they depend on: the pictures, how a
+picture is prepared for the encoder, and the encoder with its weights. So stale features are never
+read: whatever changes, new ones are computed. A feature shard counts once its receipt is there. An
+interrupted job is completed by the next one, which also adds what earlier ones were not asked for
+(`data.max_images`).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from caption_ray.training import initial
 
 FOLDER = "features"
 ABOUT_FILE = "about.json"
-"""What a folder of features was made of, for people to read."""
+"""Says, for people, what a folder of features was computed from."""
 
 BATCH_SIZE = 32
 """Pictures that the encoder sees at a time."""
 
 
 def is_wanted(config: Config) -> bool:
-    """Whether training is to read features. ValueError where `data.features` demands what cannot
-    be."""
+    """Whether training reads features instead of pictures. Raises ValueError if `data.features` is
+    on although that cannot work."""
     reason = _reason_against(config)
     if config.data.features == "on" and reason is not None:
         raise ValueError(f"--data.features is 'on', but {reason}; give --data.features off")
@@ -55,7 +55,7 @@ def is_wanted(config: Config) -> bool:
 
 
 def _reason_against(config: Config) -> str | None:
-    """Why features would not be the same as pictures."""
+    """Why features would not give the same results as pictures; None if they would."""
     data, stage = config.data, config.model.encoder.trainable_from
     if stage != "none":
         return f"the encoder trains (--model.encoder.trainable-from {stage})"
@@ -86,8 +86,9 @@ def check_encoder(config: EncoderConfig) -> None:
 
 
 def encode_shards(uri: str, config: EncoderConfig) -> dict[str, int]:
-    """Make the features of all training and validation pictures of the shards below `uri`, which
-    every run with such a frozen encoder then reads; how many pictures of each split have them.
+    """Compute the features of all training and validation pictures of the shards below `uri`, which
+    every run with this frozen encoder then reads. Returns how many pictures of each split have
+    them.
 
     Raises ValueError for an encoder that cannot be, or without weights.
     """
@@ -106,11 +107,11 @@ def with_features(
     limits: Mapping[str, int | None],
     progress: bool = True,
 ) -> DataSet:
-    """`dataset` with features in the place of its pictures, made first where they are not there.
+    """`dataset` with features in the place of its pictures; missing ones are computed first.
 
-    limits: the splits that are wanted, and how many of each one's first pictures (None: all); what
-    lies beyond them stays a picture. The encoder works on the cluster's GPUs, or CPUs if it has
-    none. Raises ValueError where a feature is too large for float16.
+    limits: the splits that are wanted, and how many pictures of each, from the first (None: all);
+    shards beyond them keep their pictures. The encoder runs on the cluster's GPUs, or on its CPUs
+    if it has none. Raises ValueError where a feature is too large for float16.
     """
     about = _about(dataset, encoder, config)
     folder = storage.join(dataset.uri, FOLDER, _key(about))
@@ -146,7 +147,7 @@ def with_features(
 
 
 def _about(dataset: DataSet, encoder: Encoder, config: EncoderConfig) -> dict[str, Any]:
-    """All that the features depend on."""
+    """Everything that the features depend on."""
     pictures = hashlib.sha256(dataset.digest.encode())
     for units in dataset.splits.values():
         for unit in units:
@@ -193,7 +194,8 @@ def _encode(
     config: EncoderConfig,
     encoder: ray.ObjectRef,
 ) -> Iterator[tuple[str, Shard]]:
-    """Encode these units of a split; name and receipt of each feature shard as it is finished."""
+    """Encode these units of a split; yields name and receipt of each feature shard once
+    finished."""
     if not numbers:
         return
     slices = [
@@ -202,16 +204,16 @@ def _encode(
         if shard_slice.shard in set(numbers)
     ]
     names = {shard_slice.first: _name(shard_slice.shard) for shard_slice in slices}
-    # captions come as text, whole; words play no part here
+    # captions are kept as text; the vocabulary plays no part here
     untouched = DataConfig(captions_per_image=1, min_crop=1.0, flip=False)
     prepare = Preparation(config, untouched, Vocabulary([]), None, with_captions=True)
     gpus = cluster.num_gpus()
-    # On CPUs, equal claims let Ray Data read and encode in one process; if it does not, both find
-    # room.
+    # On CPUs, equal requests let Ray Data fuse reading and encoding into one process; half a CPU
+    # each leaves room for both if it does not.
     actors = min(len(slices), gpus or max(1, int(cluster.num_cpus())))
     resources = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.5}
     context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = None  # a block is a shard: it is written as a whole
+    context.target_max_block_size = None  # one block per shard, which is written as a whole
     with ray.data.DataContext.current(context):
         blocks = ray.data.read_datasource(
             SliceSource(dataset.splits[split], slices, prepare, block_rows=None),
@@ -237,7 +239,7 @@ class _Encode:
     """Encodes shards and writes them."""
 
     def __init__(self, encoder: Any, folder: str, names: dict[int, str]) -> None:
-        """names: of the shards, by the number of their first picture."""
+        """names: shard names by the number of their first picture."""
         config, weights = ray.get(encoder) if isinstance(encoder, ray.ObjectRef) else encoder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.encoder = build_encoder(dataclasses.replace(config, weights="none"), None)
@@ -246,8 +248,8 @@ class _Encode:
         self.folder, self.names = folder, names
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
-        """The receipt of the feature shard of these pictures, once both are written, or the reason
-        why they are not: Ray Data would only hand on its text."""
+        """The receipt of these pictures' feature shard, once both are written, or the error that
+        prevented it (as a value, because Ray Data would only pass on its text)."""
         name, shard, problem = self.names[int(block["number"][0])], Shard("", 0, 0, ""), None
         try:
             shard = self._write(name, block)
@@ -264,7 +266,7 @@ class _Encode:
             list(block["error"]),
         )
         checksum = storage.checksum(data)
-        # named by its content: who makes the same at the same time may get other last bits
+        # named by its content: another worker that encodes the same may round differently
         shard = Shard(f"{name}-{checksum[:12]}.arrow", len(block["number"]), len(data), checksum)
         storage.write_bytes(storage.join(self.folder, shard.file), data)
         receipts.write(storage.join(self.folder, f"{name}.json"), shard)

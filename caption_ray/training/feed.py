@@ -1,4 +1,5 @@
-"""A worker's pictures: its share of each epoch, what that has seen, and what was unreadable."""
+"""The pictures of one training worker: its share of each epoch, the ledger of those it has seen,
+and the unreadable ones."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from caption_ray.training import loop
 class Feed:
     """The pictures of one rank.
 
-    Which it reads is a pure function of (seed, epoch, rank, ledger), so that an interrupted epoch
-    goes on with what is left of it, also with another number of workers.
+    Which ones it reads is a pure function of (seed, epoch, rank, ledger), so an interrupted epoch
+    continues with what is left of it, even with another number of workers.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class Feed:
         return int(wanted[: self.config.data.max_images].sum())
 
     def num_steps(self, consumed: NDArray[np.bool_] | None = None) -> int:
-        """Steps of an epoch: as many as the largest share needs, so that all ranks take equally
-        many without asking each other."""
+        """Steps of an epoch: as many as the largest share needs, so that all ranks take the same
+        number without communicating."""
         share = math.ceil(self.num_pictures(consumed) / self.world_size)
         return math.ceil(share / self.config.train.batch_size)
 
     def training(self, epoch: int) -> Iterator[loop.DeviceBatch]:
-        """What is left of an epoch, shuffled and augmented, in equally many steps on every rank."""
+        """The rest of an epoch, shuffled and augmented, in the same number of steps on every
+        rank."""
         stream = self._batches("train", epoch)
         for _ in range(self.num_steps(self.ledger)):
             asked = time.perf_counter()
@@ -80,8 +82,8 @@ class Feed:
         return self._batches("val", None)
 
     def samples(self, count: int) -> tuple[NDArray[np.uint8], list[str]]:
-        """The first pictures of the validation split, at most `count`, to look at: uint8
-        (count, S, S, 3), and one caption of each that a person wrote."""
+        """At most `count` pictures of the validation split, the first ones, for people to look at:
+        uint8 (count, S, S, 3), and one human caption of each."""
         pictures = self.dataset.splits["val"][0].pictures
         prepare = self._preparation(None)
         rows = [prepare(row, number) for number, row in enumerate(pictures.read()[:count])]
@@ -97,7 +99,7 @@ class Feed:
         return replace(moved, numbers=batch.numbers, captions=batch.captions)
 
     def seen(self, numbers: NDArray[np.int64]) -> None:
-        """Note in the ledger that these pictures were learnt from."""
+        """Record in the ledger that these pictures were trained on."""
         self.ledger[numbers] = True
 
     def take_wait(self) -> float:
@@ -106,20 +108,20 @@ class Feed:
         return waited
 
     def end_epoch(self) -> None:
-        """The next epoch has seen nothing yet."""
+        """Reset the ledger: the next epoch has seen nothing yet."""
         self.ledger[:] = False
         self.errors = []
 
     def shared_ledger(self) -> NDArray[np.bool_]:
-        """What all ranks have seen; every rank must ask."""
+        """The pictures that any rank has seen (a collective: every rank must call it)."""
         ledger = torch.from_numpy(self.ledger).to(self.device, torch.uint8)
         if dist.is_initialized():
             dist.all_reduce(ledger, op=dist.ReduceOp.MAX)
         return ledger.bool().cpu().numpy()
 
     def _batches(self, split: str, epoch: int | None) -> Iterator[Batch]:
-        """Shuffled, augmented and without what the ledger holds for training (epoch given), as
-        stored for validation."""
+        """For training (epoch given): shuffled, augmented, without what the ledger holds. For
+        validation: as stored."""
         train, data = self.config.train, self.config.data
         shuffle = None if epoch is None else (train.seed, epoch)
         slices = plan_epoch(

@@ -1,4 +1,4 @@
-"""The captioner that a run begins with."""
+"""The captioner that a run begins with: pretrained, random, or from another run's checkpoint."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def initial_encoder(config: EncoderConfig) -> Encoder:
 
 @contextmanager
 def _local_weights(config: EncoderConfig) -> Iterator[str | None]:
-    """The local file of weights that are named by URI, as long as it is needed; else None."""
+    """A local copy, for the time it is needed, of weights that are named by URI; None for
+    others."""
     if not is_weights_uri(config.weights):
         yield None
         return

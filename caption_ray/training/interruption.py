@@ -1,9 +1,9 @@
-"""When a run saves and stops between two steps: who asks for it, and how all its workers agree.
+"""Saving and stopping between two steps: who asks for it, and how all workers agree on the step.
 
-Asked for by: the interval between checkpoints; a node that is about to go (SIGTERM to
-`ray start --block`, `ray drain-node` on a spot notice) or that has come, as Ray Train then starts
-all workers anew and what was learnt since the last checkpoint is lost; and whoever stops the job
-(`ray job stop`, Ctrl-C).
+A save is asked for by the interval between checkpoints, by preemption of a node (SIGTERM to `ray
+start --block`, `ray drain-node` on a spot notice), and by a new node: Ray Train then restarts all
+workers, and what was learnt since the last checkpoint would be lost. A stop is asked for by whoever
+stops the job (`ray job stop`, Ctrl-C).
 """
 
 from __future__ import annotations
@@ -23,35 +23,36 @@ from caption_ray.config import TrainConfig
 from caption_ray.training.console import Console
 
 LOOK_SECONDS = 2.0
-"""Between looks for nodes that are about to go or have come; each is a round trip of all workers to
-one actor, some milliseconds."""
+"""Seconds between looks for nodes that are draining or new. Each look is a round trip of all
+workers to one actor, which takes some milliseconds."""
 
 HURRY_SECONDS = 10.0
-"""Between checkpoints while a start of all workers is to be expected."""
+"""Seconds between checkpoints while a restart of all workers is to be expected."""
 
 RESIZE_PATIENCE = 3 * cluster.RESIZE_SECONDS
 """Seconds after which a new node is no longer expected to become a worker."""
 
 ASK_SECONDS = 0.5
-"""Between questions to the driver whether the run is to stop."""
+"""Seconds between questions to the driver whether the run should stop."""
 
 
 class Wish(IntEnum):
-    """What is to happen after a step; of several wishes the highest is granted."""
+    """What should happen after a step. If workers wish for different things, the highest wins."""
 
     GO_ON = 0
     LOOK = 1
-    """Ask Ray whether a node is about to go: all workers must, at the same step."""
+    """Ask Ray whether a node is draining, which all workers must do at the same step."""
     SAVE = 2
     STOP = 3
     """Save, and end the training function."""
 
 
 class Votes:
-    """The highest of all ranks' wishes, known to all of them one step after it was wished.
+    """The highest of all ranks' wishes, known to every rank one step later.
 
-    The votes travel while the next step is computed, so that nobody waits for them; over gloo, as
-    a look at a GPU's tensor would wait for the GPU. Every rank must cast and count equally often.
+    The votes travel while the next step is computed, so nobody waits for them. They go over gloo,
+    because reading a tensor on a GPU would wait for the GPU. Every rank must cast and count equally
+    often.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class Votes:
         self._arriving: dist.Work | None = None
 
     def cast(self, wish: Wish) -> None:
-        """This rank's wish; that of the last time has been counted."""
+        """Send this rank's wish. The previous vote must have been counted."""
         self._votes = torch.tensor(wish)
         if self._group is not None:
             self._arriving = dist.all_reduce(
@@ -69,14 +70,14 @@ class Votes:
             )
 
     def count(self) -> Wish:
-        """What was wished at the last step; nothing before the first."""
+        """The highest wish of the previous step; GO_ON before the first."""
         if self._arriving is not None:
             self._arriving.wait()
         return Wish(int(self._votes))
 
 
 class Interruptions:
-    """What is to happen between two steps of a run."""
+    """Decides between two steps whether the run goes on, saves or stops."""
 
     def __init__(self, console: Console, train: TrainConfig) -> None:
         context = ray.train.get_context()
@@ -91,19 +92,19 @@ class Interruptions:
         self._answer: ray.ObjectRef | None = None
         self._stopping = False
 
-    def granted(self) -> Wish:
-        """What is to happen now; to be asked once after each step, by every rank."""
+    def after_step(self) -> Wish:
+        """What must happen now; every rank calls this once after each step."""
         wish = self._votes.count()
         if wish is Wish.LOOK:
             self._look()
         elif wish is Wish.SAVE:
             self.saved()
-        # only now: what is granted is not wished for again
+        # cast only now, so that what was just decided is not wished for again
         self._votes.cast(self._wish())
         return wish
 
     def saved(self) -> None:
-        """The interval between checkpoints begins anew."""
+        """Restart the interval between checkpoints."""
         self._saved = time.monotonic()
 
     def close(self) -> None:
@@ -131,7 +132,7 @@ class Interruptions:
             if self._nodes > before:
                 self._hurried_until = self._looked + RESIZE_PATIENCE
         if not hurried and self._looked < self._hurried_until:
-            self._saved = -math.inf  # the first time, at once
+            self._saved = -math.inf  # save at once, the first time
 
     def _told_to_stop(self, now: float) -> bool:
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:

@@ -31,7 +31,7 @@ from caption_ray.model.loss import doubly_stochastic, token_loss
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became infinite or not a number; the message says at which step."""
+    """The loss, or its gradient, became infinite or not a number; the message names the step."""
 
 
 @dataclass
@@ -45,9 +45,9 @@ class DeviceBatch:
     weight: float
     """1; 0 for a stand-in batch of a worker that has run out of pictures before the others"""
     num_words: int | None = None
-    """Real words, the ends of captions included, and"""
+    """Real words, the ends of captions included, ..."""
     num_captions: int | None = None
-    """captions, where the host knows them"""
+    """... and captions; None where the host does not know them."""
     numbers: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """Numbers of the pictures in the training split; none for a stand-in."""
     captions: list[list[str]] = field(default_factory=list)
@@ -56,7 +56,7 @@ class DeviceBatch:
 
 @dataclass
 class Sums:
-    """Sums over pictures, to be added over steps and workers and divided once."""
+    """Sums over pictures. They are added over steps and workers, and divided only once."""
 
     nll: Tensor
     """Negative log-likelihood of all real words, in nats."""
@@ -93,8 +93,8 @@ class Sums:
         }
 
     def rewards(self) -> dict[str, float]:
-        """Of the model's own captions: the mean score, and nats per word, which fall to zero as it
-        draws the same captions again and again."""
+        """Of the model's own captions: the mean score, and the entropy in nats per word, which
+        falls to zero when it draws the same captions again and again."""
         return {
             "reward": float(self.reward) / max(float(self.captions), 1),
             "entropy": float(self.nll) / max(float(self.words), 1),
@@ -102,7 +102,7 @@ class Sums:
 
 
 def summed(value: float, device: torch.device) -> float:
-    """The sum over all workers, each of which must ask."""
+    """The sum over all workers (a collective: every worker must call it)."""
     total = torch.tensor(value, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -110,7 +110,7 @@ def summed(value: float, device: torch.device) -> float:
 
 
 def gathered(items: list[str]) -> list[str]:
-    """The items of all workers, each of which must ask."""
+    """The items of all workers (a collective: every worker must call it)."""
     if not dist.is_initialized():
         return items
     lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -127,7 +127,7 @@ def to_device(
     """The arrays of a `Batch` as tensors on the device; None gives a stand-in without weight."""
     weight = 1.0
     if inputs is None or tokens is None or not (tokens[..., 1:] != PAD).any():
-        # every parameter still takes part, so that DDP's all-reduce does not wait for ever
+        # every parameter must take part, or DDP's all-reduce would wait for ever
         inputs = np.zeros((1, image_size, image_size, 3), np.uint8)
         tokens = np.array([[[START, END]]], np.int32)
         weight = 0.0
@@ -146,8 +146,8 @@ def learning_rate_factor(
 ) -> float:
     """Share of the peak learning rate at `step` (from 0): linear warm-up, then cosine to zero.
 
-    place: where the run stands among `total_steps`, if that is not `step`: with another number of
-    workers than before, an epoch has another number of steps.
+    place: where the run stands among `total_steps`, if that is not `step`. After a change of the
+    number of workers it is not, because an epoch then has another number of steps.
     """
     place = step if place is None else place
     if step < settings.warmup_steps:
@@ -166,15 +166,17 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
 
 
 def seed_step(seed: int, step: int, rank: int) -> int:
-    """Make the randomness of a step (dropout) depend on nothing but its number and the rank, so
-    that a resumed run draws what an uninterrupted one would have drawn; returns the seed."""
+    """Seed the randomness of a step (dropout) with nothing but the run's seed, the step and the
+    rank, so that a resumed run draws what an uninterrupted one would have drawn. Returns the
+    seed."""
     mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(mixed)
     return mixed
 
 
 def set_determinism(seed: int, strict: bool) -> None:
-    """Seed all generators; strict: only deterministic kernels (an error where there is none)."""
+    """Seed all generators. strict: allow deterministic kernels only; torch raises where there is
+    none."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -183,10 +185,10 @@ def set_determinism(seed: int, strict: bool) -> None:
 
 
 def averaged(captioner: nn.Module, decay: float) -> AveragedModel | None:
-    """The exponential moving average of the weights, to be updated after each step; None for a
-    decay of 0.
+    """The exponential moving average of the weights, to be updated after each step; None if `decay`
+    is 0.
 
-    Each update keeps the share `decay` of the average, and less during the first ones, so that the
+    Each update keeps the share `decay` of the average. The first updates keep less, so that the
     initial weights are soon forgotten.
     """
     if decay == 0:
@@ -214,8 +216,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _has_bfloat16_units(device: torch.device) -> bool:
-    """Whether matrix products are much faster in bfloat16: on a CPU that has its instructions but
-    no AMX they are slower than in float32."""
+    """Whether matrix products are much faster in bfloat16. On a CPU that has bfloat16 instructions
+    but no AMX they are slower than in float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
@@ -231,9 +233,9 @@ def train_step(
 ) -> tuple[Sums, Tensor]:
     """One optimizer step on this worker's share of the batch.
 
-    model: a Captioner, plain or wrapped in DDP. own_words: share of the words before that are the
-    model's own (see Captioner.forward and `own_words`). Returns this worker's sums and the global
-    gradient norm before clipping, both still on the device.
+    model: a Captioner, plain or wrapped in DDP. own_words: share of the previous words that are the
+    model's own (scheduled sampling; see Captioner.forward and `own_words`). Returns this worker's
+    sums and the global gradient norm before clipping, both still on the device.
     """
     parts = list(
         zip(
@@ -270,14 +272,14 @@ def train_step(
 
 
 def backward(loss: Tensor, batch: DeviceBatch) -> None:
-    """Add the gradients of this worker's part of a loss that is summed over the workers."""
-    # DDP averages gradients over the workers where a sum is wanted
+    """Backpropagate this worker's part of a loss that is a sum over all workers."""
+    # DDP averages gradients over the workers, but the loss is a sum
     workers = dist.get_world_size() if dist.is_initialized() else 1
     (loss * (batch.weight * workers)).backward()  # type: ignore[no-untyped-call]
 
 
 def take_step(optimizer: Optimizer, settings: TrainConfig) -> Tensor:
-    """Clip the gradients and step; returns their global norm before."""
+    """Clip the gradients and take the step; returns their global norm before clipping."""
     norm = nn.utils.clip_grad_norm_(
         [p for group in optimizer.param_groups for p in group["params"]], settings.max_grad_norm
     )
@@ -286,7 +288,7 @@ def take_step(optimizer: Optimizer, settings: TrainConfig) -> Tensor:
 
 
 def own_words(settings: TrainConfig, epoch: int) -> float:
-    """Share of the words before that are the model's own in `epoch` (from 0)."""
+    """Share of the previous words that are the model's own in `epoch` (counted from 0)."""
     return settings.scheduled_sampling * min(1.0, epoch / settings.scheduled_sampling_epochs)
 
 
@@ -312,7 +314,7 @@ def validate(
 def require_finite(losses: list[Tensor], first_step: int, epoch: int) -> None:
     """Raise NonFiniteLoss naming the first bad step; `losses` are those from `first_step` on.
 
-    Called once per so many steps, because each look makes the host wait for the device.
+    Called only once in a while, because each look makes the host wait for the device.
     """
     finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
     if not all(finite):
@@ -328,7 +330,7 @@ def _autocast(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
 
 
 def _counts(batch: DeviceBatch) -> Sums:
-    """What is known before the forward pass."""
+    """The sums that are known before the forward pass."""
     device, images = batch.tokens.device, batch.inputs.shape[0]
     if batch.num_words is None or batch.num_captions is None:
         real = batch.tokens[..., 1:] != PAD

@@ -1,6 +1,8 @@
-"""Scoring captions off the training thread: document frequencies by Ray tasks, scores by an actor.
+"""Scores of the self-critical stage, computed off the training thread: document frequencies by Ray
+tasks, scores by an actor.
 
-A process of its own, so that CIDEr-D's Python never holds up the one that drives the device.
+The actor is a process of its own, so that CIDEr-D, which is pure Python, never delays the process
+that drives the device.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from caption_ray.training.self_critical import Captions, Rewards, as_scored
 
 
 def document_frequencies(dataset: DataSet) -> CiderD:
-    """CIDEr-D with the document frequencies of the training split, as self-critical training
-    scores with: a task for each shard, which reads its captions only."""
+    """CIDEr-D with the document frequencies of the training split. One task per shard counts them,
+    and reads nothing but captions."""
     units = dataset.splits["train"]
     total = CiderD()
     waiting = [_count.remote(unit) for unit in units]
@@ -38,10 +40,10 @@ def _count(unit: Unit) -> CiderD:
 
 
 class RemoteRewards:
-    """A `self_critical.Score` whose scores come from an actor on this node."""
+    """A `self_critical.Score` that an actor on this node computes."""
 
     def __init__(self, cider: ray.ObjectRef, words: Sequence[str]) -> None:
-        # no CPU of its own: the node's were given to training and decoding, and it works while
+        # it reserves no CPU: the node's CPUs belong to training and decoding, and it works while
         # training waits for the device
         actor = ray.remote(max_restarts=3, max_task_retries=3, **cluster.on_this_node())(Rewards)
         self._actor = actor.remote(cider, list(words))
@@ -52,7 +54,7 @@ class RemoteRewards:
         scores = self._actor.__call__.remote(tokens, captions)
 
         def wait() -> NDArray[np.float32]:
-            # what Ray hands out is read-only
+            # arrays from Ray's object store are read-only
             return np.array(ray.get(scores))
 
         return wait

@@ -27,19 +27,19 @@ from caption_ray.model.search import sample
 from caption_ray.training import loop
 
 END_WORD = "<end>"
-"""Stands at the end of captions that are scored, so that one which breaks off loses n-grams. (Where
-it does not, captions learn to end in "with a" and the like.)"""
+"""The last word of every caption that is scored, so that a caption that breaks off loses n-grams.
+(Without it, captions learn to end in "with a" and the like.)"""
 
 Captions: TypeAlias = Sequence[Sequence[str]]
-"""What people wrote of each picture."""
+"""The human captions of each picture."""
 
 Score: TypeAlias = Callable[[NDArray[np.int64], Captions], Callable[[], NDArray[np.float32]]]
-"""Begins to score captions, ids (B, K, T), of pictures, and returns what waits for the scores,
-(B, K): the device works meanwhile."""
+"""Starts to score captions, ids (B, K, T), and returns a function that waits for the scores, (B,
+K). The device goes on working meanwhile."""
 
 
 class Rewards:
-    """Scores captions as `CiderD` does, with the end of a caption as a word of it."""
+    """Scores captions with `CiderD`, counting the end of a caption as a word."""
 
     def __init__(self, cider: CiderD, words: Sequence[str]) -> None:
         """cider: with the training split's document frequencies (of `as_scored` captions); words:
@@ -51,7 +51,7 @@ class Rewards:
         rewards = np.zeros(tokens.shape[:2], np.float32)
         for image, (rows, written) in enumerate(zip(tokens.tolist(), captions, strict=True)):
             references = [self.cider.vector(as_scored(caption)) for caption in written]
-            if not references:  # the picture could not be read: nothing is learnt from it
+            if not references:  # the picture could not be read, so nothing is learnt from it
                 continue
             for k, row in enumerate(rows):
                 told = [END_WORD if i == END else self.words[i] for i in row if i != PAD]
@@ -60,20 +60,20 @@ class Rewards:
 
 
 def as_scored(caption: str) -> list[str]:
-    """The words of what a person wrote, and its end."""
+    """The words of a human caption, and its end."""
     return [*tokenize(caption), END_WORD]
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """How much each reward, of (B, K), is above the mean of the other K - 1 of its image."""
+    """How far each reward, of (B, K), lies above the mean of the other K - 1 of its image."""
     k = rewards.shape[1]
     return (rewards - rewards.mean(dim=1, keepdim=True)) * (k / (k - 1))
 
 
 def as_policy(captioner: nn.Module) -> None:
-    """Put a captioner into the mode in which it draws and learns: as it is served, without dropout
-    and with settled batch norms, but with gradients (which torch's recurrent kernels give in
-    training mode only)."""
+    """Put a captioner into the mode in which it draws captions and learns from them: without
+    dropout and with fixed batch-norm statistics, as it is served, but in training mode, because
+    torch's recurrent kernels give gradients only there."""
     captioner.train()
     for module in captioner.modules():
         if isinstance(module, (nn.Dropout, nn.modules.batchnorm._BatchNorm)):
@@ -85,7 +85,7 @@ def log_likelihood(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
     logits (M, V) and targets int64 (M,) of the real words, mask bool (B, K, T).
     """
-    # drawing leaves these two out, so that the others share the whole
+    # these two are never drawn, so the others share all of the probability
     logits = logits.float().index_fill(-1, torch.tensor([PAD, START], device=logits.device), -1e9)
     word = logits.log_softmax(dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (M,)
     return torch.zeros_like(mask, dtype=word.dtype).masked_scatter(mask, word).sum(dim=-1)

@@ -109,7 +109,7 @@ def train(config: Config) -> Finished:
         cider = ray.put(rewards.document_frequencies(dataset))
     least, most = config.train.min_workers, config.train.num_workers
     cluster.configure_train(elastic=least is not None)
-    cluster.hold_data_here()
+    cluster.keep_data_actors_here()
     with console.shown() as shown:
         trainer = TorchTrainer(
             work,

@@ -82,7 +82,7 @@ def _train(worker: _Worker) -> bool:
             worker.step(batch)
             if (worker.step_in_epoch - 1) % config.log_every == 0:
                 worker.log()
-            wish = worker.interruptions.granted()
+            wish = worker.interruptions.after_step()
             due = config.checkpoint_every and worker.total_steps % config.checkpoint_every == 0
             ended = worker.step_in_epoch == worker.steps_this_epoch  # then end_epoch saves
             if wish is Wish.STOP or ((wish is Wish.SAVE or due) and not ended):
