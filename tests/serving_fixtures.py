@@ -40,7 +40,7 @@ def _save_run(
     run: Path, *, step: int = 1, seed: int = 0, image_size: int = 32, width: int = 16,
     fill: float | None = None,
 ) -> str:  # fmt: skip
-    """A checkpoint of a captioner with random weights (or all `fill`); returns its URI.
+    """Save a checkpoint of a captioner with random weights (or all `fill`); returns its URI.
 
     The weights are large enough for captions that depend on the picture.
     """
@@ -94,7 +94,7 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
 
 @pytest.fixture(scope="session")
 def captions(predictor: Predictor) -> Callable[..., list[Caption]]:
-    """What the predictor itself says of a picture: `captions(data, num_return, seed, **search)`."""
+    """The predictor's own captions of a picture: `captions(data, num_return, seed, **search)`."""
 
     def of(data: bytes, num_return: int = 1, seed: int = 0, **search: Any) -> list[Caption]:
         changed = dataclasses.replace(predictor.search, **search)
@@ -104,14 +104,14 @@ def captions(predictor: Predictor) -> Callable[..., list[Caption]]:
 
 
 class LocalBackend:
-    """A `Backend` in this process: one picture after the other; misbehaves when told to."""
+    """A `Backend` in this process that captions one picture at a time, and fails on request."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self.ready: Status = "ready"
         self.raises: Exception | None = None
         self.raises_late: Exception | None = None
-        """After all words have been told."""
+        """Raised after all words have been streamed."""
         self.delay_s = 0.0
         self.calls: list[Options] = []
 
@@ -155,9 +155,9 @@ def backend(predictor: Predictor) -> LocalBackend:
 
 @pytest.fixture
 def client(backend: LocalBackend) -> Callable[..., TestClient]:
-    """The HTTP application on `backend`, with settings other than the defaults if they are given.
+    """The HTTP application on `backend`; given settings replace the defaults.
 
-    Errors become answers, as on a real server.
+    Exceptions become error answers, as on a real server.
     """
 
     def build(**changed: Any) -> TestClient:
@@ -180,9 +180,9 @@ def client(backend: LocalBackend) -> Callable[..., TestClient]:
 
 @pytest.fixture(scope="session")
 def refused() -> Callable[..., None]:
-    """Asserts that an answer is a refusal: its status, its form, and a piece of its message.
+    """Asserts that an answer is an error: its status, its form, and a part of its message.
 
-    Hugging Face's clients read two strings, OpenAI's (`/v1`) an object; nobody reads a stack.
+    Hugging Face's clients get two strings, OpenAI's (`/v1`) an object; neither a stack trace.
     """
 
     def check(answer: Any, status: int, piece: str = "") -> None:
@@ -211,13 +211,13 @@ class Answered(NamedTuple):
     start: float
     seconds: float
     status: int
-    """0: the connection broke."""
+    """HTTP status; 0 if the connection broke."""
     text: str
     checkpoint: str | None
 
 
 class Load:
-    """Clients that ask one after the other, each without ever retrying."""
+    """Concurrent clients, each of which sends one request after the other and never retries."""
 
     def __init__(self, url: str, picture: bytes, clients: int) -> None:
         self.url, self.picture = url, picture
@@ -227,7 +227,7 @@ class Load:
 
     def _ask(self) -> None:
         session = requests.Session()
-        session.headers["X-Request-Timeout-Seconds"] = "600"  # Ray would grant it
+        session.headers["X-Request-Timeout-Seconds"] = "600"  # as Ray would allow it
         while not self._stop.is_set():
             start = time.monotonic()
             try:
@@ -259,7 +259,7 @@ class Load:
         return 1000 * statistics.quantiles([a.seconds for a in self.answers], n=100)[98]
 
     def report(self, fault: str) -> None:
-        """For people: shown by `pytest -rA` and when a test fails."""
+        """Print a summary, which `pytest -rA` shows, as does a failing test."""
         seconds = self.answers[-1].start - self.answers[0].start
         failed = {s: n for s, n in self.statuses.items() if s != 200}
         print(f"{fault}: {len(self.answers)} requests in {seconds:.1f} s, failed {failed or 0}, "
@@ -271,5 +271,5 @@ class Load:
 
 @pytest.fixture(scope="session")
 def load_on() -> type[Load]:
-    """Clients that ask: `with load_on(url, picture, clients) as load: ...`."""
+    """Load on an endpoint: `with load_on(url, picture, clients) as load: ...`."""
     return Load

@@ -1,4 +1,4 @@
-"""cluster.yaml, checked without AWS: by Ray's own validation, and for what it promises."""
+"""cluster.yaml, checked without AWS: by Ray's own validation, and for what its comments promise."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_token_and_secrets_reach_every_node(config: dict[str, Any]) -> None:
 
 
 def test_every_shell_of_a_node_has_the_environment(config: dict[str, Any], tmp_path: Path) -> None:
-    """The set-up commands that need no network, really run; then a shell as Ray opens it."""
+    """Really runs the set-up commands that need no network; then a shell as Ray opens it."""
     (tmp_path / "caption_ray").mkdir()
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("token")

@@ -1,4 +1,4 @@
-"""serve_config.yaml against Ray's schema and our arguments: Ray ignores what it does not know."""
+"""serve_config.yaml, checked with Ray's schema and our arguments: Ray ignores unknown settings."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_it_configures_the_deployments_that_the_app_has(config: dict[str, Any]) 
 
 
 def test_one_file_serves_laptops_and_clusters(config: dict[str, Any]) -> None:
-    """Nothing fixes a checkpoint or the number of GPUs, which the builder finds out."""
+    """It fixes neither a checkpoint nor the number of GPUs: `build_app` finds them."""
     (application,) = config["applications"]
     assert not {"checkpoint", "storage", "num_gpus"} & set(application["args"])
     assert not any("ray_actor_options" in deployment for deployment in application["deployments"])

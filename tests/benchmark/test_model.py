@@ -1,4 +1,4 @@
-"""The step loops that the decoders are measured against compute the same."""
+"""The step loops that the decoders are compared to compute the same."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The plain loop that ours is measured against does the same work."""
+"""The plain loop that training through Ray is compared to does the same work."""
 
 import dataclasses
 

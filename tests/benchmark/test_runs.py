@@ -1,4 +1,4 @@
-"""What is measured of a run is its steady part."""
+"""Only the steady part of a run is measured."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The plain beam searches that ours is measured against find the same captions."""
+"""The plain beam searches that ours is compared to find the same captions."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def test_plain_beam_search_finds_the_same_captions(plain, name):
     )
     decoder = build_decoder(settings, 20, 30).eval()
     for parameter in decoder.parameters():
-        parameter.mul_(3)  # captions that differ, and mostly end
+        parameter.mul_(3)  # so that captions differ, and most of them end
     regions = torch.randn(6, 5, 20)
     memory = decoder.prepare(regions)
     found = beam_search(

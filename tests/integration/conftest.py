@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 
-# Each would lead boto3 or pyarrow past the variables that the fixture sets.
+# Each would make boto3 or pyarrow ignore the variables that the fixture sets.
 COMPETING_VARIABLES = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",

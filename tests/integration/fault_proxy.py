@@ -1,4 +1,4 @@
-"""A proxy that puts faults in front of an S3 server, from a seed.
+"""A proxy in front of an S3 server that injects faults, reproducibly from a seed.
 
 By hand::
 
@@ -32,7 +32,7 @@ STATUS_FAULTS = {
     "expired": (400, "ExpiredToken"),
 }
 BODY_FAULTS = ("truncate", "corrupt", "trickle")
-"""Of an object's bytes on their way; `corrupt` also of those that are sent."""
+"""Faults of an object's bytes on their way back; `corrupt` also affects uploads."""
 FAULTS = ("drop", "hang", "delay", *STATUS_FAULTS, *BODY_FAULTS)
 
 HOP_BY_HOP = {"connection", "expect", "keep-alive", "transfer-encoding"}
@@ -43,7 +43,7 @@ class FaultProxy:
     """A proxy of `upstream` on a free port, in a thread of its own.
 
     `rates` (fault -> probability) may be replaced while it runs; `injected` counts the faults,
-    `requests` all that came. No fault meets paths in which the pattern `spare` is found.
+    `requests` all requests. Paths that match the pattern `spare` meet no fault.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class FaultProxy:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     async def _start(self) -> None:
-        # what the client signed passes through untouched: its headers, its escapes, its bytes
+        # what the client signed must pass unchanged: its headers, its escapes, its bytes
         self.session = aiohttp.ClientSession(
             auto_decompress=False,
             skip_auto_headers=AUTOMATIC,
@@ -138,7 +138,7 @@ class FaultProxy:
             self.injected[fault] += 1
             await asyncio.sleep(self.hang_s)
             return self._drop(request)
-        if fault == "drop" and rng.random() < 0.5:  # before the server has seen it, or after
+        if fault == "drop" and rng.random() < 0.5:  # before or after the server has seen it
             self.injected[fault] += 1
             return self._drop(request)
         if fault == "delay":
@@ -162,7 +162,7 @@ class FaultProxy:
         return await self._answer(request, answer, received, fault, rng)
 
     def _choose(self, request: web.Request) -> tuple[str | None, random.Random]:
-        # without the bucket, which tests name at random
+        # without the bucket, as tests choose its name at random
         below = request.raw_path.lstrip("/").partition("/")[2]
         key = f"{request.method} {below} {request.headers.get('Range')}"
         self.seen[key] += 1
@@ -197,7 +197,7 @@ class FaultProxy:
         try:
             await self._send(request, response, data, fault, rng)
         except ConnectionError:
-            pass  # the client has lost its patience
+            pass  # the client has timed out
         return response
 
     async def _send(
@@ -224,7 +224,7 @@ class FaultProxy:
     @staticmethod
     def _drop(request: web.Request) -> web.StreamResponse:
         if request.transport is not None:
-            request.transport.close()  # what was written before still goes out
+            request.transport.close()  # bytes written before are still sent
         return web.Response()
 
 

@@ -1,8 +1,8 @@
-"""Hosts with addresses of their own on one machine: network namespaces around one switch.
+"""Hosts with their own addresses on one machine: network namespaces around one switch.
 
 Each host is a network namespace whose `eth0` is one end of a cable (a veth pair); the other end is
-in the namespace of the switch (a bridge). Nothing leads out of them: what runs there sees only the
-other hosts. A host can be cut off, killed and started again, as a machine in a rack can.
+in the namespace of the switch (a bridge). They have no route out: what runs there sees only the
+other hosts. A host can be cut off, killed and restarted, as a machine in a rack can.
 Needs Linux, root and iproute2.
 """
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def why_unavailable() -> str | None:
-    """Why hosts cannot be made here, with the remedy; None where they can."""
+    """Why hosts cannot be created here, and the remedy; None if they can."""
     if sys.platform != "linux":
         return "network namespaces exist on Linux only"
     if os.geteuid() != 0:
@@ -63,11 +63,11 @@ class Host:
         _ip("-n", self.namespace, "address", "add", f"{self.address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", self.namespace, "link", "set", device, "up")
-        # leads nowhere, but a process asks by which address it would go out to learn its own
+        # leads nowhere, but processes look up their route out to learn their own address
         _ip("-n", self.namespace, "route", "add", "default", "dev", "eth0")
 
     def command(self, *command: str) -> list[str]:
-        """The same command, to be run on this host."""
+        """The command line that runs a command on this host."""
         return ["ip", "netns", "exec", self.namespace, *command]
 
     def start(self, *command: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -87,11 +87,11 @@ class Host:
         return self._logs / f"{self.name}.log"
 
     def cut(self) -> None:
-        """Pull the cable: what is sent is lost, and nobody is told."""
+        """Pull the cable: packets are lost without notice to either side."""
         _ip("-n", self._switch, "link", "set", self._port, "down")
 
     def restore(self) -> None:
-        """Plug it in again."""
+        """Plug the cable in again."""
         _ip("-n", self._switch, "link", "set", self._port, "up")
 
     def kill(self) -> None:
@@ -100,7 +100,7 @@ class Host:
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function of this process with the host's network."""
-        # a thread may live in another network than the rest of its process
+        # a thread may be in another network namespace than the rest of its process
         with ThreadPoolExecutor(1, initializer=self._enter) as thread:
             return thread.submit(function, *arguments).result()
 
@@ -113,9 +113,9 @@ class Host:
 
 @contextmanager
 def hosts(names: Sequence[str], log_folder: Path) -> Iterator[dict[str, Host]]:
-    """So many hosts on one switch, with nothing running; all that ran there is killed at the end.
+    """Named hosts on one switch, with nothing running; at the end all their processes are killed.
 
-    What an earlier process left behind that was killed itself is removed first.
+    Hosts left behind by an earlier process that was killed are removed first.
     """
     _sweep()
     switch = f"{PREFIX}-{os.getpid()}-switch"
@@ -140,7 +140,7 @@ class RayHost:
         self.environment = {
             **environment,
             "RAY_ADDRESS": self.head,
-            # gloo else binds to what the machine's name means, which here is no host's address
+            # otherwise gloo binds to the address of the machine's name, which is none of the hosts'
             "GLOO_SOCKET_IFNAME": "eth0",
         }
         self._is_head, self._options = head is None, options
@@ -155,8 +155,8 @@ class RayHost:
         )  # fmt: skip
 
     def options(self) -> list[str]:
-        """Those of `ray start` that this host needs for one more start."""
-        # sockets have short names only; a new folder, as a node that is started again is a new one
+        """Options of `ray start` for the next start on this host."""
+        # short, as sockets' paths are limited; new each time, as a restarted node is a new node
         self._folders.append(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))
         address, folder = self.host.address, self._folders[-1]
         return [f"--node-ip-address={address}", f"--temp-dir={folder}", *self._options]
@@ -185,7 +185,7 @@ def _owner(namespace: str) -> int:
 
 
 def _sweep() -> None:
-    """Remove the hosts of processes that are no more."""
+    """Remove the hosts of processes that no longer exist."""
     for namespace in _namespaces():
         if not Path(f"/proc/{_owner(namespace)}").exists():
             _delete(namespace)

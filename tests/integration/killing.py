@@ -1,4 +1,4 @@
-"""Processes that are killed (SIGKILL) just before their n-th change of a storage."""
+"""Processes that are killed (SIGKILL) just before their n-th write to a storage."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 FILE_CHANGES = {"open", "os.mkdir", "os.chmod", "os.rename", "os.remove", "os.rmdir"}
-"""Python's audit events before a change of a file system."""
+"""Python's audit events before a change to a file system."""
 
 REQUESTS = {"http.client.send"}
-"""The event before a request, or a piece of one, leaves for a server."""
+"""The audit event before a request, or a part of one, is sent to a server."""
 
 _context = multiprocessing.get_context("forkserver")
-# imported once; each process is then there in milliseconds
+# imported once, so that each process then starts in milliseconds
 _context.set_forkserver_preload(["killing", "caption_ray.data.ingest", "boto3.s3.transfer",
                                  "caption_ray.captioning.checkpoint"])  # fmt: skip
 
 
 def count(events: set[str], function: Callable[..., object], *arguments: Any) -> int:
-    """How many such events there are when nothing kills it."""
+    """How many such events the function causes if nothing kills it."""
     receiver, sender = _context.Pipe(duplex=False)
     process = _start(events, None, sender, function, arguments)
     sender.close()
@@ -34,7 +34,7 @@ def count(events: set[str], function: Callable[..., object], *arguments: Any) ->
 
 
 def kill(events: set[str], at: int, function: Callable[..., object], *arguments: Any) -> bool:
-    """Whether it was killed at that event; False if it finished before."""
+    """Whether the function was killed at event number `at`; False if it finished before."""
     process = _start(events, at, None, function, arguments)
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
@@ -42,7 +42,7 @@ def kill(events: set[str], at: int, function: Callable[..., object], *arguments:
 
 
 def spread(total: int, points: int) -> Iterator[int]:
-    """So many of the numbers from 1 to `total`, ends included, or all if there are fewer."""
+    """`points` numbers spread from 1 to `total`, ends included, or all if there are fewer."""
     points = min(points, total)
     return (1 + round(i * (total - 1) / (points - 1)) for i in range(points))
 
@@ -65,7 +65,7 @@ def _watched(
     function: Callable[..., object],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.update(environment)  # of the test, not of when the fork server began
+    os.environ.update(environment)  # the test's environment, not the fork server's
     seen = 0
 
     def watch(event: str, details: tuple[Any, ...]) -> None:
@@ -88,7 +88,7 @@ def _is_write(details: tuple[Any, ...]) -> bool:
 
 
 def ingest_without_ray(source: str, out: str, images_per_shard: int) -> None:
-    """The whole of `ingest`, with its tasks one after the other in this process."""
+    """`ingest` with its tasks one after the other in this process."""
     import types
 
     import ray

@@ -1,4 +1,4 @@
-"""What tests have done in a process of its own, with a Ray whose workers share its environment."""
+"""Functions for a separate process, whose own Ray gives the workers its environment."""
 
 from __future__ import annotations
 

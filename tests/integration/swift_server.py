@@ -55,7 +55,7 @@ class S3Server(NamedTuple):
 
 
 def why_unavailable() -> str | None:
-    """Why Swift cannot run here, with the remedy; None where it can."""
+    """Why Swift cannot run here, and the remedy; None if it can."""
     if importlib.util.find_spec("swift") is None:
         return "OpenStack Swift is not installed: pip install swift"
     if not hasattr(os, "setxattr"):
@@ -74,10 +74,10 @@ def why_unavailable() -> str | None:
 
 @contextmanager
 def swift_s3(host: str = LOOPBACK, prefix: Sequence[str] = ()) -> Iterator[S3Server]:
-    """Run a server in processes of its own, on a free port, for the length of the block.
+    """Run a server in its own processes, on a free port, for the duration of the block.
 
-    host: the address to listen on. prefix: a command that runs the server's, in another network
-    namespace say. Raises RuntimeError where it cannot run or does not start; the message says why.
+    host: the address to listen on. prefix: a command that wraps the server's, such as to run it in
+    another network namespace. Raises RuntimeError, with the reason, if it cannot run or start.
     """
     reason = why_unavailable()
     if reason is not None:
@@ -85,11 +85,11 @@ def swift_s3(host: str = LOOPBACK, prefix: Sequence[str] = ()) -> Iterator[S3Ser
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [*prefix, sys.executable, __file__, "--host", host, "--until-eof"],
-            stdin=subprocess.PIPE,  # ends when this process does, however it ends
+            stdin=subprocess.PIPE,  # ends the server when this process ends, however it does
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            start_new_session=True,  # a Ctrl-C must not stop the server before its tests
+            start_new_session=True,  # Ctrl-C must not stop the server before its tests
         )
         assert process.stdout is not None
         alarm = threading.Timer(START_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
@@ -127,13 +127,13 @@ def serve(folder: Path, host: str, port: int, until_eof: bool) -> None:
     import eventlet
     import swift.common.wsgi  # noqa: F401  once, before the forks
 
-    # Bound before any port is written down, so that no other process can take one in between.
+    # Bound before the configuration names the ports, so that no other process can take one.
     sockets = {
         name: eventlet.listen((host, port if name == "proxy" else 0), reuse_port=False)
         for name in ("proxy", *STORAGE_SERVERS)
     }
     for sock in sockets.values():
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a read waits 40 ms
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise reads wait 40 ms
     ports = {name: sock.getsockname()[1] for name, sock in sockets.items()}
     build_rings(folder, host, ports)
     write_configuration(folder, host, ports)
@@ -143,7 +143,7 @@ def serve(folder: Path, host: str, port: int, until_eof: bool) -> None:
             children.append(fork_server(name, folder, sockets))
         for sock in sockets.values():
             sock.close()
-        # A connection waits in the queue of its socket until the server is ready to answer.
+        # Until a server is ready, its connections wait in the socket's queue.
         for number in ports.values():
             url = f"http://{host}:{number}/healthcheck"
             urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url).close()
@@ -159,7 +159,7 @@ def serve(folder: Path, host: str, port: int, until_eof: bool) -> None:
         for child in children:
             os.kill(child, signal.SIGKILL)
         for child in children:
-            os.waitpid(child, 0)  # so that none still writes while its folder is removed
+            os.waitpid(child, 0)  # so that none still writes while the folder is removed
 
 
 def fork_server(name: str, folder: Path, sockets: Mapping[str, Any]) -> int:
@@ -198,8 +198,8 @@ def build_rings(folder: Path, host: str, ports: Mapping[str, int]) -> None:
 
 
 def write_configuration(folder: Path, host: str, ports: Mapping[str, int]) -> None:
-    # Each time limit is far above Swift's own: on a busy machine a passed limit would mean a 503
-    # or a listing that lags behind its objects, as a single device leaves no other to turn to.
+    # All timeouts are far above Swift's defaults: with a single device there is no replica to turn
+    # to, so on a busy machine a timeout would mean a 503, or a listing that lags behind.
     common = f"""
 [DEFAULT]
 bind_ip = {host}
@@ -220,7 +220,7 @@ log_level = WARNING
         for name in ("catch_errors", "gatekeeper", "healthcheck", "listing_formats", "copy", "slo")
     )
     account, user = ACCESS_KEY.split(":")
-    # No memcache: each request then sees the bucket as it is, and tempauth wants one only for
+    # No memcache: so each request sees the bucket's current state, and tempauth needs one only for
     # tokens, which S3 clients do not use.
     proxy = f"""
 [pipeline:main]

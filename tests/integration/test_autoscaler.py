@@ -1,4 +1,4 @@
-"""Ray's real autoscaler with nodes that are processes: they come for a run, and go after it."""
+"""Ray's real autoscaler, with processes as nodes: it starts them for a run and ends them after."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ pytestmark = pytest.mark.skipif(unavailable is not None, reason=str(unavailable)
 
 @pytest.fixture
 def autoscaling(tmp_path: Path) -> Iterator[hosts.RayHost]:
-    """A head of 2 CPUs, and up to two nodes that say they have a GPU."""
+    """A head with 2 CPUs, and up to two nodes that claim to have a GPU."""
     settings = {
         "cluster_name": "come-and-go",
         "max_workers": 2,
         "idle_timeout_minutes": IDLE_MINUTES,
         "provider": {
             "type": "fake_multinode",
-            # all nodes have one address: they are told apart by their ids
+            # all nodes share an address, so only their ids tell them apart
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,

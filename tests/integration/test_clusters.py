@@ -1,7 +1,7 @@
-"""Training on hosts of their own that are cut off, given notice, killed and brought back.
+"""Training on separate hosts that are cut off, preempted, killed and brought back.
 
-Real Ray, real addresses, a real S3 server on a host of its own, and the commands a person types.
-With -s, or -rP afterwards, the log of what happened to the hosts is shown.
+Real Ray, real addresses, a real S3 server on its own host, and the commands that a user types.
+With -s, or -rP for passed tests, pytest shows the log of what happened to the hosts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 PICTURES, BUCKET = 300, "training"
 EPOCHS = 3
-"""Of the job that is stopped; each takes a few seconds."""
+"""Steps of the job that is stopped; each takes a few seconds."""
 PATIENCE = 240.0
-"""Seconds that a run may take to go on after a fault: a busy machine starts processes slowly."""
+"""Seconds in which a run must resume after a fault: a busy machine starts processes slowly."""
 NOTICE = 20
-"""Seconds between the notice to a host and its end."""
+"""Seconds between the preemption notice to a host and its end."""
 TINY = (
     "shapes --run.tracker none --data.captions-per-image 2 --model.encoder.image-size 32 "
     "--model.decoder.embedding-dim 8 --model.decoder.hidden-dim 16 "
@@ -48,13 +48,13 @@ TINY = (
 CLUSTER = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "only-for-the-hosts-of-this-test-0000000",
-    # a host that does not answer is given up after some 10 s instead of a minute
+    # declares a host dead after about 10 s without an answer, not after a minute
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE),
     "RAY_JOB_STOP_WAIT_TIME_S": "120",
-    # idle processes are not free on the two cores that all hosts share
+    # idle processes cost time on the two cores that all hosts share
     "RAY_prestart_worker_first_driver": "0",
     "PYTHONPATH": str(ROOT),
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -72,7 +72,7 @@ while not ray.is_initialized():
 while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
     time.sleep(0.5)
 """
-"""Waits for so many nodes: argv[1]."""
+"""Waits until argv[1] nodes have joined."""
 
 METADATA_ADDRESS = "169.254.169.254"
 METADATA = f"""
@@ -97,7 +97,7 @@ class Metadata(BaseHTTPRequestHandler):
 
 HTTPServer(("{METADATA_ADDRESS}", 80), Metadata).serve_forever()
 """
-"""A spot machine of AWS asks there whether it is about to be taken: argv[1] exists if it is."""
+"""AWS's metadata server for spot machines: it announces a preemption once argv[1] exists."""
 
 unavailable = hosts.why_unavailable()
 pytestmark = pytest.mark.skipif(unavailable is not None, reason=str(unavailable))
@@ -127,7 +127,7 @@ def _cluster(
             started[name] = hosts.RayHost(stack[name], environment, head, *options)
             head = started[name].head
             started[name].start()
-        # a run that starts with fewer of them starts once more when the others come
+        # a run that starts with fewer nodes would restart when the others join
         first = next(iter(started.values()))
         subprocess.run(
             first.host.command(sys.executable, "-c", ALL_JOINED, str(len(started))),
@@ -173,7 +173,7 @@ class _Run:
         return self.s3.call(lambda: get(Bucket=BUCKET, Key=key)["Body"].read())
 
     def step(self) -> int:
-        """That of the newest checkpoint."""
+        """The step of the newest checkpoint."""
         try:
             return int(json.loads(self.read("runs/hosts/latest.json"))["step"])
         except self.client.exceptions.NoSuchKey:
@@ -183,7 +183,7 @@ class _Run:
         return [line for line in self.log.read_text().splitlines() if "Resumed from" in line]
 
     def goes_on_after(self, fault: str, do: Callable[[], object], workers: int | None) -> None:
-        """Do it, and wait until checkpoints are written again, by so many workers."""
+        """Call `do`, and wait until checkpoints are written again, by this many workers."""
         step, resumed, begun = self.step(), len(self.resumed()), time.monotonic()
         do()
 
@@ -229,10 +229,10 @@ class _Run:
 
 
 def _assert_exactly_once(checkpoints: list[tuple[dict[str, Any], np.ndarray]]) -> None:
-    """What each checkpoint's weights learnt from: every picture of every epoch, once."""
+    """Each checkpoint's weights have learnt from every picture of every epoch exactly once."""
     before: tuple[dict[str, Any], np.ndarray] | None = None
     for state, ledger in checkpoints:
-        # `pictures` counts what steps were fed with; the ledger says which they were
+        # `pictures` counts the pictures in all steps; the ledger says which ones they were
         assert state["pictures"] == state["epoch"] * PICTURES + ledger.sum(), state
         if before is not None and before[0]["epoch"] == state["epoch"]:
             forgotten = np.flatnonzero(before[1] > ledger).tolist()
@@ -376,7 +376,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
 
 
 def _start_as_spot_machine(node: hosts.RayHost, notice: Path) -> None:
-    """Start the host as cluster.yaml starts a worker; if the path exists, it is given notice."""
+    """Start the host as cluster.yaml starts a worker; once `notice` exists, it is preempted."""
     address = node.host.command("ip", "address", "replace", METADATA_ADDRESS, "dev", "lo")
     subprocess.run(address, check=True)
     node.host.start(sys.executable, "-c", METADATA, str(notice), environment=node.environment)

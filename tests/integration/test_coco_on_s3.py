@@ -1,4 +1,4 @@
-"""The whole road on real pictures and a real S3 server, with the commands a person types."""
+"""From ingest to captions on real pictures and a real S3 server, with a user's commands."""
 
 import json
 import os
@@ -25,7 +25,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def buckets(s3, coco_mini):
-    """Buckets `coco` (the zips as COCO ships them) and `out`, with clean endings."""
+    """Buckets `coco` (the zips as COCO ships them) and `out`, which are removed at the end."""
     client = boto3.client("s3")
     for name in ("coco", "out"):
         client.create_bucket(Bucket=name)
@@ -38,7 +38,7 @@ def buckets(s3, coco_mini):
 
 
 def _run(name, *arguments):
-    """Run a job as a person would, with a Ray of its own."""
+    """Run a job as a user would, with its own Ray."""
     environment = {**os.environ, "RAY_ADDRESS": "local"}  # even beside a running cluster
     return subprocess.run(
         [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments],
@@ -50,10 +50,10 @@ def _run(name, *arguments):
 
 
 def _job(name, *arguments):
-    """What a job printed that ended well."""
+    """The output of a job, which must succeed."""
     result = _run(name, *arguments)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    # Ray Train's cleaner, which asks the dashboard of the right Ray: else it would complain
+    # Ray Train's cleaner complains unless it finds the dashboard of its own Ray
     assert "PlacementGroupCleaner" not in result.stdout + result.stderr
     return result.stdout
 

@@ -1,4 +1,4 @@
-"""The whole road behind a storage that fails: it leads to the same place as an undisturbed one."""
+"""From ingest to serving on a storage that injects faults: the results are as without faults."""
 
 import dataclasses
 import multiprocessing
@@ -19,10 +19,10 @@ from caption_ray.evaluation.evaluate import caption_split
 from caption_ray.training import trainer
 
 RATES = {fault: 0.01 if fault in ("hang", "trickle") else 0.03 for fault in FAULTS}
-"""A quarter of the requests; those that cost a time-out are rarer."""
+"""Share of requests by fault, a quarter in total; those that cost a timeout are rarer."""
 
 RAYS_OWN = r"checkpoint_manager_snapshot\.json|\.validate_storage_marker"
-"""Files that Ray Train writes itself, by pyarrow, whose failures are its own."""
+"""Files that Ray Train itself writes through pyarrow, whose failures are not ours to retry."""
 
 TIMEOUT_S = 400
 PICTURES = 24
@@ -30,7 +30,7 @@ PICTURES = 24
 
 @pytest.fixture(scope="module")
 def road(s3, coco_mini):
-    """(bucket with COCO's zips, proxy, executor with a Ray of its own behind the proxy)."""
+    """(bucket with COCO's zips, proxy, executor with its own Ray behind the proxy)."""
     bucket = "road"
     boto3.client("s3").create_bucket(Bucket=bucket)
     for file in coco_mini.iterdir():
@@ -56,7 +56,7 @@ def road(s3, coco_mini):
 
 @pytest.fixture
 def faults(road, request):
-    """Whatever runs inside `with faults():` meets them; they are reported afterwards."""
+    """`with faults():` injects faults into what runs inside, and reports them afterwards."""
     _, proxy, _ = road
 
     class Faults:
@@ -142,7 +142,7 @@ def test_a_run_through_faults_learns_the_same_from_every_picture(road, shards, u
 
 def test_an_evaluation_through_faults_gives_the_same_captions(road, undisturbed, faults):
     bucket, _, run = road
-    # raw pictures: a request each
+    # raw pictures, so that each takes a request
     dataset = run(open_source, storage.join(bucket, "source"), seed=0)
     uri = run_folder.find(undisturbed.run, "best")
     expected = run(caption_split, uri, dataset, "val", progress=False)

@@ -1,4 +1,4 @@
-"""kill -9 at every change of the storage: what the next run makes of it."""
+"""kill -9 at every write to the storage: the next run must recover."""
 
 import dataclasses
 import os
@@ -24,11 +24,11 @@ from caption_ray.model.captioner import build_captioner
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = 9 << 20
-"""Bytes of an optimizer state that goes to S3 in two parts: that of the commit that is killed."""
+"""Bytes of the optimizer state in the commit that is killed: it goes to S3 in two parts."""
 
 
 def _contents(folder):
-    """Every file, hidden and half-written ones included."""
+    """The bytes of every file, including hidden and half-written ones."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in Path(folder).rglob("*")
@@ -72,7 +72,7 @@ def test_an_ingest_into_a_bucket_killed_anywhere_is_completed(scenes, bucket, tm
 
 
 def test_the_ingest_job_killed_in_its_course_is_completed(coco_mini, tmp_path):
-    """The real job with its Ray, killed on its way."""
+    """The real job with its Ray, killed in the middle."""
     out = tmp_path / "out"
     command = [
         sys.executable, str(ROOT / "jobs" / "ingest.py"), "--source", str(coco_mini),
@@ -128,7 +128,7 @@ def saved(tmp_path_factory):
 
 
 def _commit(saved, run, step):
-    """The commit, to be called."""
+    """A function that commits the saved checkpoint of `step`."""
     folder, state = saved[step]
     return partial(run_folder.commit, folder, run, state, keep=1, is_best=True)
 

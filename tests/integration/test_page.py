@@ -45,7 +45,7 @@ Visit = Callable[..., "Visitor"]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=TIMEOUT_MS)
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)  # else playwright's own
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)  # None: playwright's own
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
@@ -66,7 +66,7 @@ def serve(client: Callable[..., Any]) -> Iterator[Serve]:
         added = [(b"x-request-id", REQUEST_ID.encode())]
 
         async def proxy(scope: Any, receive: Any, send: Any) -> None:
-            """Like Ray's: adds a request id, and the prefix as a root path, kept in `path`."""
+            """Like Ray's proxy: adds a request id, and the prefix as root path, kept in `path`."""
 
             async def answer(message: Any) -> None:
                 if message["type"] == "http.response.start":
@@ -92,13 +92,13 @@ def serve(client: Callable[..., Any]) -> Iterator[Serve]:
 
 
 class Visitor:
-    """Somebody at a browser. Pictures are bytes, or the number that one is made from."""
+    """A user at a browser. Pictures are bytes, or the seed of a made-up one."""
 
     def __init__(self, page: Page, picture: Callable[..., bytes], predictor: Predictor) -> None:
         self.page, self.picture, self.predictor = page, picture, predictor
         self.requests: list[Request] = []
         self.complaints: list[str] = []
-        """What the browser's console calls errors, but for its line about each failed request."""
+        """Errors in the browser's console, except for its line about each failed request."""
         page.on("filechooser", lambda _: None)  # intercepted from now on, however fast one opens
         page.on("request", lambda request: self.requests.append(request))
         page.on("console", lambda line: self._hear(line.text) if line.type == "error" else None)
@@ -127,19 +127,19 @@ class Visitor:
         self.page.locator("#file").set_input_files(self._file(picture))
 
     def choose_by(self, act: Callable[[], None], picture: int) -> None:
-        """In the browser's own dialog, which `act` opens."""
+        """Choose a picture in the browser's own dialog, which `act` opens."""
         with self.page.expect_file_chooser() as dialog:
             act()
         dialog.value.set_files(self._file(picture))
 
     def caption(self, picture: int | bytes, rank: int = 0) -> Caption:
-        """The predictor's, if it is asked for three, as by the page."""
+        """The predictor's caption, if asked for three, as the page does."""
         image = self.predictor.prepare(self._file(picture)["buffer"])[None]
         search = dataclasses.replace(self.predictor.search, beam_size=3)
         return self.predictor.predict(image, search, 3)[0][rank]
 
     def sees(self, picture: int | bytes, rank: int = 0) -> Any:
-        """Expects its caption on the page; returns where the words looked."""
+        """Expects its caption on the page; returns the words' attention."""
         caption = self.caption(picture, rank)
         expect(self.words).to_have_text(caption.words)
         expect(self.page.locator("#caption")).to_have_text(caption.text)
@@ -174,7 +174,7 @@ class Visitor:
 
 @pytest.fixture
 def visit(browser: Browser, picture: Callable[..., bytes], predictor: Predictor) -> Iterator[Visit]:
-    """Opens the page: `visit(url, **context)`. It may complain of nothing, and ask nobody else."""
+    """Opens the page: `visit(url, **context)`. Fails on errors and on requests to other hosts."""
     visitors = []
 
     def visit(url: str, **options: Any) -> Visitor:
@@ -305,7 +305,7 @@ def test_each_words_attention_is_shown_until_escape(visitor: Visitor) -> None:
 
 
 def test_the_heat_map_lies_on_what_the_model_saw(visitor: Visitor, backend: Any) -> None:
-    """Of a wide picture the square in its middle, in cells that are no squares."""
+    """For a wide picture that is the square in its middle, here in cells that are not square."""
     peaks = {(0, 4): "upper right", (2, 0): "lower left", (1, 2): "centre", (0, 2): "top"}
     looks = np.full((6, 3, 5), 0.01, np.float32)
     for look, peak in zip(looks, peaks, strict=False):
@@ -407,7 +407,7 @@ def test_a_picture_above_the_limit_is_not_even_sent(visitor: Visitor, backend: A
     assert not [request for request in visitor.requests if request.method == "POST"]
     visitor.page.route("**/info", lambda route: route.fulfill(status=503, body="{}"))
     visitor.page.reload()
-    visitor.choose(large)  # now only the server knows the limit
+    visitor.choose(large)  # so that only the server knows the limit
     visitor.is_told("This picture is too large", "100000 bytes")
     assert not backend.calls
 
@@ -441,7 +441,7 @@ def test_a_full_queue_is_tried_once_more_when_it_says(visitor: Visitor, backend:
 def test_errors_of_the_server_are_told_and_can_be_tried_again(
     visitor: Visitor, backend: Any, error: Exception, texts: tuple[str, ...], when: str
 ) -> None:
-    """Also after the first words, when the status has been 200 already."""
+    """Also after the first words, when status 200 has already been sent."""
     setattr(backend, when, error)
     visitor.choose(0)
     visitor.is_told(*texts)
@@ -487,7 +487,7 @@ def test_a_token_is_asked_for_sent_and_kept(serve: Serve, visit: Visit, tmp_path
 
 
 def test_the_policy_keeps_the_page_from_asking_anybody_else(visitor: Visitor) -> None:
-    """And what is checked after every test would notice."""
+    """And the check after every test would notice violations."""
     ask = """url => {
         const script = Object.assign(document.createElement('script'), { textContent: 'alert(1)' });
         document.body.append(script, Object.assign(new Image(), { src: url }));
@@ -521,7 +521,7 @@ def test_words_cannot_become_markup(visitor: Visitor, backend: Any) -> None:
 def test_page_and_documentation_work_at_any_prefix(serve: Serve, visit: Visit, path: str) -> None:
     url = serve(path.rstrip("/"))
     visitor = visit(url)
-    if not path.endswith("/"):  # proxies may answer there too, instead of redirecting
+    if not path.endswith("/"):  # proxies may answer there, too, instead of redirecting
         visitor.page.route(url[:-1], lambda route: route.fulfill(response=route.fetch(url=url)))
         visitor.page.goto(url[:-1])
     expect(visitor.examples).to_have_count(4)

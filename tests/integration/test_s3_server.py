@@ -1,4 +1,4 @@
-"""The server behind the ``s3`` fixture answers boto3 and pyarrow, as they come, as S3 does."""
+"""The server behind the ``s3`` fixture answers unmodified boto3 and pyarrow as S3 does."""
 
 from __future__ import annotations
 

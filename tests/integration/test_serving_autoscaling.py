@@ -1,4 +1,4 @@
-"""Captioners come with the load and go with it, down to none."""
+"""Autoscaling: captioners follow the load, up and down to zero."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_scaled_to_zero_it_is_ready_and_the_next_picture_wakes_it(
     deploy(endpoint, runs, min_replicas=0, max_replicas=1, downscale_to_zero_delay_s=1)
     requests.post(f"{endpoint.url}/caption", data=picture(0), timeout=60)
     ready = f"{endpoint.url}/readyz"
-    # asking every 0.1 s must not keep it awake
+    # probing every 0.1 s must not keep a captioner running
     endpoint.wait_until(lambda: requests.get(ready, timeout=10).json() == {"status": "asleep"})
     assert endpoint.running("Captioner") == 0
     checkpoint = requests.get(f"{endpoint.url}/info", timeout=10).json()["checkpoint"]

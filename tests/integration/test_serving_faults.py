@@ -1,4 +1,4 @@
-"""The endpoint under load while things go wrong: who asked gets an answer."""
+"""The endpoint under load while faults happen: every request gets an answer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settings(runs: Path, **args: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def load(endpoint: Any, runs: Path, picture: Callable[..., bytes], load_on: Any) -> Iterator[Any]:
-    """Two captioners and two ingresses, and clients to ask them."""
+    """Two captioners and two ingresses, under load from clients."""
     endpoint.deploy(**settings(runs))
     endpoint.wait_until(lambda: whole(endpoint))
     for _ in range(20):
@@ -186,7 +186,7 @@ def test_huge_bodies_are_refused_without_filling_the_memory(load: Any, endpoint:
                 answer = requests.post(f"{endpoint.url}/caption", data=body, timeout=60)
                 refused[answer.status_code] += 1
             except requests.RequestException:
-                refused[0] += 1  # cut off while it was still sending, which is fine
+                refused[0] += 1  # it may be cut off while still sending
 
     watched = [psutil.Process(pid) for pid in endpoint.pids("Ingress") + proxies()]
     before = {process.pid: process.memory_info().rss for process in watched}

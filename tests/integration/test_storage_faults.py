@@ -1,4 +1,4 @@
-"""The storage seam on a real S3 server, behind a proxy that injects faults."""
+"""caption_ray.storage on a real S3 server, behind a proxy that injects faults."""
 
 import http.server
 import json
@@ -18,7 +18,7 @@ from caption_ray import storage
 
 @pytest.fixture
 def proxy(s3, monkeypatch):
-    """No faults yet; storage goes through it, with little patience."""
+    """The proxy without faults; storage goes through it, with short timeouts."""
     monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.05)
     monkeypatch.setenv(storage.READ_TIMEOUT_VARIABLE, str(patience.scaled(0.5)))
     with FaultProxy(s3.endpoint_url, trickle_s=0.1) as proxy:
@@ -34,7 +34,7 @@ def _bytes(size):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_written_and_read_through_faults_is_right(bucket, proxy, fault):
-    rate = 0.15 if fault in ("hang", "trickle") else 0.3  # these cost a time-out each
+    rate = 0.15 if fault in ("hang", "trickle") else 0.3  # each of these costs a timeout
     proxy.rates, proxy.seed = {fault: rate}, 7
     objects = {storage.join(bucket, "folder", f"{n:02d}"): _bytes(3_000 + n) for n in range(8)}
     for uri, data in objects.items():
@@ -52,7 +52,7 @@ def test_an_object_in_parts_survives_faults(bucket, proxy):
     proxy.rates = {fault: 0.06 for fault in ("drop", "500", "503", "429", "truncate", "corrupt")}
     data, uri = _bytes(20 << 20), storage.join(bucket, "large")
     storage.write_bytes(uri, data)
-    while proxy.injected.total() < 6:  # parts come in any order, and not every fault suits each
+    while proxy.injected.total() < 6:  # parts come in any order, and not every fault fits each
         assert storage.read_bytes(uri) == data
 
 
@@ -117,7 +117,7 @@ class _Credentials(http.server.BaseHTTPRequestHandler):
     """What ECS and EKS serve to containers: credentials that expire in a few minutes."""
 
     keys: tuple[str, str]
-    lifetime = timedelta(minutes=5)  # below what botocore refreshes at, so it always asks again
+    lifetime = timedelta(minutes=5)  # below botocore's refresh threshold, so it always asks again
     asked = 0
 
     def log_message(self, *_):

@@ -1,4 +1,4 @@
-"""The storage seam on a real S3 server."""
+"""caption_ray.storage on a real S3 server."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def test_what_is_written_is_read_back(bucket):
 
 
 def test_large_objects_go_up_in_parts(bucket):
-    data = bytes(range(256)) * 80_000  # 20 MB, above boto3's threshold of 8
+    data = bytes(range(256)) * 80_000  # 20 MB, above boto3's threshold of 8 MB
     storage.write_bytes(storage.join(bucket, "large"), data)
     assert storage.digest(storage.read_bytes(storage.join(bucket, "large"))) == storage.digest(data)
 

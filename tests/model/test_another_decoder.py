@@ -1,4 +1,4 @@
-"""A decoder that the package does not have: its class and one line are all that it needs."""
+"""A decoder from outside the package works with its class and one line of registration."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 class MeanRegionDecoder(Decoder):
-    """A GRU that is told of the picture once, before the first word, and attends to nothing
+    """A GRU whose initial state is the picture, without attention
     (in the manner of Show and Tell, 1411.4555)."""
 
     def __init__(self, config: DecoderConfig, region_dim: int, vocab_size: int) -> None:
@@ -75,7 +75,7 @@ class MeanRegionDecoder(Decoder):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DECODERS, "mean", MeanRegionDecoder)  # the line
+    monkeypatch.setitem(DECODERS, "mean", MeanRegionDecoder)  # the one line
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Additive attention against its formula."""
+"""Additive attention, compared to its formula."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_own_words_replace_words_before_and_never_what_is_predicted() -> None:
     first = torch.zeros_like(rows)
     first[:, 0] = True
     same = (own.logits - given.logits).abs().amax(dim=-1) < 1e-5
-    # START is always itself, and what follows it is predicted from the same words
+    # START is never replaced, so the first word is predicted from the same input
     assert same[first[rows]].all()
     assert 0 < (~same).sum() < len(same)
 

@@ -1,4 +1,4 @@
-"""Decoders: one step for training and search, against the paper's equations and torch's cells."""
+"""The soft decoder, compared to the paper's equations, to torch's cells, and to a loop of steps."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_no_real_words_give_zero_gradients() -> None:
 
 
 def test_a_step_follows_the_papers_equations() -> None:
-    """Show, Attend and Tell, equations 1-7 and section 4.2.1, each map a matrix of its own."""
+    """Show, Attend and Tell, equations 1-7 and section 4.2.1, with a matrix for each map."""
     decoder, (regions, _) = build(), batch()
     a, y = regions[1], 5  # annotation vectors, previous word
     weights = {name: tensor.detach() for name, tensor in decoder.named_parameters()}
@@ -299,8 +299,8 @@ def test_state_stays_float32_under_autocast() -> None:
 
 
 def test_first_loss_of_the_original_system_is_its_own() -> None:
-    """2.0863 = ln 5001 x 12.0 / 49: that of uniform guesses at 12 words a caption, on average,
-    over a padded length of 49."""
+    """2.0863 = ln 5001 x 12.0 / 49: the loss of uniform guesses, with 12 words per caption on
+    average, divided by a padded length of 49."""
     config, vocab_size, captions = seed(), 5001, 16
     torch.manual_seed(0)
     decoder = build_decoder(config.model.decoder, 2048, vocab_size)

@@ -32,7 +32,7 @@ def build(name: str, **options: Any) -> Any:
         object.__setattr__(config, option, value)
     decoder = build_decoder(config, E, V)
     with torch.no_grad():
-        for parameter in decoder.parameters():  # so that no bias is zero and no norm plain
+        for parameter in decoder.parameters():  # so that no bias is zero, and no norm the identity
             parameter.add_(0.3 * torch.randn(parameter.shape))
     return decoder.eval()
 
@@ -100,7 +100,7 @@ def test_a_word_depends_on_no_later_one_and_on_no_other_caption(name: str) -> No
     differs = torch.zeros_like(mask)
     differs[mask] = (before != after).any(dim=-1)
     expected = torch.zeros_like(mask)
-    expected[0, 0, 4:] = True  # the word at place 4 is read from step 4 on
+    expected[0, 0, 4:] = True  # the word at index 4 is first an input at step 4
     assert torch.equal(differs, expected & mask)
 
 
@@ -121,7 +121,7 @@ def test_search_drives_every_decoder_and_scores_as_teacher_forcing_does(name: st
             tokens = torch.cat([torch.tensor([START]), words]).view(1, 1, -1)
             logits = decoder(regions[image : image + 1], tokens).logits.detach().clone()
             log_probs = logits.log_softmax(-1)
-            # the search never says PAD or START
+            # the search never generates PAD or START
             log_probs = log_probs.gather(-1, words.unsqueeze(-1))
             torch.testing.assert_close(found.log_probs[image, rank], log_probs.sum())
     one = greedy(step, decoder.initial_state(memory, 1), max_length=5)

@@ -1,4 +1,4 @@
-"""Encoders: what is cut, frozen, normalised, pooled and loaded."""
+"""Encoders: cutting classifiers, freezing, normalising, pooling and loading weights."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def test_regions_of_a_vision_transformer_are_its_patches() -> None:
 
 
 def classifier_with_weights_of(encoder: Encoder, name: str, head: str, **options: Any) -> Any:
-    """torchvision's own classifier; the encoder must hold its weights, under its names, and none
-    of the head's or of auxiliary heads."""
+    """torchvision's own classifier with the encoder's weights, which must be all of its weights,
+    under the same names, except for those of the head and of auxiliary heads."""
     if name in ("inception_v3", "googlenet"):
         options = {"init_weights": False, "transform_input": True}
     elif name == "vgg11":
@@ -156,7 +156,7 @@ def test_small_regions_know_where_they_are() -> None:
     encoder = build(SMALL)
     blank = torch.full((1, 3, 384, 384), 200, dtype=torch.uint8)
     regions = encoder(blank).unflatten(1, (24, 24))[0]
-    # Far enough from the border not to see it.
+    # Far enough from the border for it to have no effect.
     centre, left, above = regions[12, 12], regions[12, 10], regions[10, 12]
     for one, other in ((centre, left), (centre, above), (left, above)):
         assert (one - other).abs().max() > 1e-3

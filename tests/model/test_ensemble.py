@@ -1,4 +1,4 @@
-"""Captioners that caption together, against the mean of what each says by itself."""
+"""Ensembles, compared to the mean of their members' separate predictions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEARCHES = {
 
 
 def build(decoder: str, seed: int, grid: int | None = None) -> Captioner:
-    """Weights so large that captions depend on the picture."""
+    """A captioner with weights so large that captions depend on the picture."""
     torch.manual_seed(seed)
     model = ModelConfig(
         EncoderConfig(
@@ -50,7 +50,7 @@ def images() -> Tensor:
 
 def mean_log_probs(members: list[Captioner], image: Tensor, words: list[int]) -> Tensor:
     """log of the members' mean probability of each word after START and after each of `words`,
-    (len(words) + 1, V), by teacher forcing: no step, no state, no search."""
+    (len(words) + 1, V), by teacher forcing, without step, state or search."""
     tokens = torch.tensor([[[START, *words, END]]])
     with torch.no_grad():
         logits = [member(image.unsqueeze(0), tokens).logits for member in members]
@@ -79,7 +79,7 @@ PAIRS = [("soft", "transformer"), ("adaptive", "soft"), ("transformer", "transfo
 def test_greedy_takes_the_word_of_highest_mean_probability(
     images: Tensor, pair: tuple[str, str]
 ) -> None:
-    """The members differ in decoder and in the grid of their encoder."""
+    """The members differ in their decoders and their encoders' grids."""
     members = [build(pair[0], seed=4), build(pair[1], seed=14, grid=1)]
     found = generate(Ensemble(members).eval(), images, SEARCHES["greedy"], 1)
     for image in range(B):
@@ -104,7 +104,7 @@ def test_greedy_takes_the_word_of_highest_mean_probability(
 def test_captions_have_the_probability_that_the_mean_gives_them(
     images: Tensor, pair: tuple[str, str], search: str
 ) -> None:
-    """So each member's state follows its beams, and comes back to the member that it is of."""
+    """So each member's state is reordered with the beams, and returned to the right member."""
     members = [build(pair[0], seed=4), build(pair[1], seed=14)]
     found = generate(Ensemble(members).eval(), images, SEARCHES[search], 3, [1, 2, 3])
     for image in range(B):

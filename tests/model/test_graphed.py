@@ -1,4 +1,4 @@
-"""Training passes as a GPU computes them: the same losses and gradients as step by step."""
+"""Training passes as computed on GPUs: the same losses and gradients as step by step."""
 
 import copy
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def random_tokens(batch: int, k: int, longest: int, device: str) -> Tensor:
     tokens[places.expand_as(tokens) == lengths - 1] = END
     tokens[..., 0] = START
     if batch > 1:
-        tokens[-1, -1, 1:] = PAD  # no caption at all
+        tokens[-1, -1, 1:] = PAD  # an empty caption
     return tokens.to(device)
 
 
@@ -56,7 +56,7 @@ def learnt(
     autocast: bool = False,
     num_words: int | None = None,
 ) -> Found:
-    """Output, and the gradients of what training minimises."""
+    """The output, and the gradients of the training loss."""
     decoder.zero_grad()
     regions = regions.clone().requires_grad_()
     with torch.autocast(regions.device.type, torch.bfloat16, enabled=autocast):
@@ -84,7 +84,7 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 @pytest.fixture
 def without_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What would be captured, called instead, on any device."""
+    """Calls the functions that would be captured directly, on any device."""
     monkeypatch.setattr(Graphed, "__call__", lambda self, *inputs: self._function(*inputs))
     yield
 
@@ -160,7 +160,7 @@ def test_a_graph_reads_the_weights_of_now_and_gradients_add_up(kind: str) -> Non
                 token_loss(output.logits, output.targets(tokens))[0].backward()
             optimizer.step()
     for own, other in zip(graphed.parameters(), plain.parameters(), strict=True):
-        close(own, other, 3e-2)  # Adam makes much of what rounding leaves of small gradients
+        close(own, other, 3e-2)  # Adam amplifies rounding errors of small gradients
 
 
 @pytest.mark.gpu
@@ -192,7 +192,7 @@ def test_ddp_gathers_the_gradients_of_graphs(kind: str, tmp_path: Path) -> None:
     dist.init_process_group("nccl", f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(graphed, device_ids=[0])
-        for step in range(3):  # DDP arranges its buckets anew after the first
+        for step in range(3):  # DDP rearranges its buckets after the first step
             regions = torch.rand(4, REGIONS, REGION_DIM, device="cuda")
             tokens = random_tokens(4, 2, 9 - step, "cuda")
             same(learnt(wrapped, regions, tokens), learnt(plain, regions, tokens), 1e-3)

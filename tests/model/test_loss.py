@@ -1,4 +1,4 @@
-"""Losses against loops in NumPy."""
+"""Losses, compared to loops in NumPy."""
 
 from __future__ import annotations
 

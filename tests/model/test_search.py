@@ -1,4 +1,4 @@
-"""Search against exhaustive enumeration, on toy language models of random tables."""
+"""Search, compared to exhaustive enumeration on toy language models with random tables."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ WORDS = (3, 4, 5)
 
 
 class Toy(NamedTuple):
-    """A language model for each image: the next word's logits by the last two words."""
+    """A language model for each image: the last two words determine the next word's logits."""
 
     tables: Tensor  # (B, V, V, V)
 
     def step(self, tokens: Tensor, state: State) -> StepOutput:
-        """Attention is one-hot in the last word, so that it tells which beam it belongs to."""
+        """Attention is one-hot in the last word, which identifies the beam that it belongs to."""
         image = torch.arange(len(self.tables)).unsqueeze(1)
         logits = self.tables[image, state[0], tokens]
         return StepOutput(logits, (tokens,), torch.eye(V)[tokens])
@@ -76,7 +76,7 @@ def words(hypotheses: Hypotheses, image: int, rank: int) -> list[int]:
 
 
 def assert_same(one: Hypotheses, other: Hypotheses) -> None:
-    """Equal but for the padding."""
+    """Assert that both are equal, except for padding."""
     for image in range(len(one.tokens)):
         for rank in range(one.tokens.shape[1]):
             assert words(one, image, rank) == words(other, image, rank)
@@ -104,7 +104,7 @@ def test_wide_beam_search_is_exhaustive(penalty: float, seed: int) -> None:
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 2.0])
 def test_stopping_early_changes_nothing(penalty: float) -> None:
-    """Only the best few are asked for, so the search may stop before all beams have ended."""
+    """Only the best few are requested, so the search may stop before all beams have ended."""
     for seed in range(20):
         model = toy(seed=seed)
         options: dict[str, Any] = {"max_length": 5, "length_penalty": penalty}
@@ -116,7 +116,7 @@ def test_stopping_early_changes_nothing(penalty: float) -> None:
 
 
 class Narrowing(NamedTuple):
-    """A toy's step that can go on with some of its images, and notes how many."""
+    """A toy's step that can be narrowed to some of its images, and records how many."""
 
     model: Toy
     sizes: list[int]
@@ -301,13 +301,13 @@ def test_no_more_captions_than_beams(num_return: int) -> None:
         )
 
 
-# Minimal length, and words that may not be repeated -------------------------------------------
+# Minimal length, and n-grams that may not be repeated ------------------------------------------
 
 
 def limited(
     model: Toy, image: int, max_length: int, min_length: int, size: int
 ) -> Iterator[tuple[list[int], float]]:
-    """All captions of an image that may be said, with their log-probabilities."""
+    """All captions of an image within the limits, with their log-probabilities."""
 
     def repeats(words: list[int]) -> bool:
         ngrams = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
@@ -390,7 +390,7 @@ def test_samples_keep_the_limits_and_the_models_log_probability(
 
 
 def test_where_no_word_is_left_a_caption_may_end_before_its_minimal_length() -> None:
-    """Three words exist, none may be said twice, and five are asked for."""
+    """Three words exist, none may be repeated, and the minimum is five."""
     model = toy()
     limits = {"max_length": 8, "min_length": 5, "no_repeat_ngram_size": 1}
     for found in (
@@ -555,11 +555,11 @@ def test_a_captioner_in_training_mode_is_refused() -> None:
         generate(captioner, images, SearchConfig(), num_return=1)
 
 
-# Words as they are decided --------------------------------------------------------------------
+# Words that are certain before the end --------------------------------------------------------
 
 
 def follow(found: Hypotheses, steps: list[tuple[Tensor, Tensor]]) -> int:
-    """Check what the search said on its way; returns how many words it said before the end."""
+    """Check what `on_step` got; returns how many words were certain before the end."""
     early = 0
     for image in range(len(found.tokens)):
         final: list[int] = found.tokens[image, 0].tolist()

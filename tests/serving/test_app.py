@@ -1,5 +1,5 @@
-"""The endpoint on a real Ray Serve: real clients, batches, another checkpoint, and what stops it
-from starting."""
+"""The endpoint on a real Ray Serve: real clients, batches, changes of checkpoint, and errors that
+prevent its start."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Server:
     url: str
     storage: Path
     predictor: Predictor
-    """Of the checkpoint that is served, in this process."""
+    """A predictor in this process, of the checkpoint that is served."""
 
     def post(self, body: Any, query: str = "", **headers: str) -> requests.Response:
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -60,7 +60,7 @@ def server(
         {
             "storage": str(runs),
             "max_batch_size": MAX_BATCH_SIZE,
-            "batch_wait_timeout_s": 0.1,  # long enough for threads to meet in a batch
+            "batch_wait_timeout_s": 0.1,  # long enough for concurrent requests to share a batch
         }
     )
     yield Server(endpoint.url, runs, Predictor.from_uri(uri, torch.device("cpu")))
@@ -209,7 +209,7 @@ def test_our_figures_are_in_rays_exporter(server: Server, picture: MakePicture) 
 def test_a_new_checkpoint_takes_over_without_a_failed_request(
     server: Server, endpoint: Any, save_run: MakeRun, picture: MakePicture, image_size: int
 ) -> None:
-    """Also one that wants its pictures in another size, which the ingress has to learn."""
+    """Also one with another image size, which the ingress has to learn."""
     uri = save_run(server.storage / f"other-{image_size}", seed=5, image_size=image_size)
     new = Predictor.from_uri(uri, torch.device("cpu"))
     by_step = {}
@@ -244,7 +244,7 @@ def test_a_new_checkpoint_takes_over_without_a_failed_request(
 
 
 def serve_checkpoint(server: Server, endpoint: Any, uri: str, follow: float | None = None) -> None:
-    """As if `user_config` had been changed in serve_config.yaml, and that been deployed."""
+    """Deploy a change of `user_config`, as an edited serve_config.yaml would."""
     endpoint.deploy(
         {
             "storage": str(server.storage),
@@ -390,7 +390,7 @@ def test_no_checkpoint_fails_before_anything_starts(tmp_path: Path) -> None:
 
 
 def rewrite(uri: str, name: str, data: bytes) -> None:
-    """Replace a checkpoint's file and what the manifest says of it."""
+    """Replace a file of a checkpoint, and its entry in the manifest."""
     manifest = json.loads(storage.read_bytes(f"{uri}/{checkpoint.MANIFEST}"))
     manifest[name] = {"bytes": len(data), "digest": storage.digest(data)}
     storage.write_bytes(f"{uri}/{name}", data)

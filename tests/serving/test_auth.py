@@ -1,4 +1,4 @@
-"""Bearer tokens: from the environment, from a file, and while they are changed."""
+"""Bearer tokens: from the environment, from a file, and during rotation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Whatever is sent, the answer is stated here: a status and a message that says why, never a stack.
+"""Bad and odd input, and each answer: a status and a message with the reason, never a stack trace.
 
-The pictures are tried as raw bytes, in JSON, in a form and through `/v1`: content decides.
+Pictures are sent as raw bytes, in JSON, in a form and through `/v1`: only their content counts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes = b"", bits: int = 1, colour: int = 0) -> bytes:
-    """A PNG with this header, whatever stands behind it."""
+    """A PNG with this header and any pixel data."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -80,7 +80,7 @@ def pages(*images: Image.Image) -> bytes:
 
 
 def bad_second_page() -> bytes:
-    """A TIFF of two pages, whose first one points to nonsense as the second."""
+    """A TIFF of two pages, of which the first has a bad pointer to the second."""
     image = Image.new("RGB", (60, 40), "red")
     data, first = pages(image, image), len(pages(image))
     return data[: first + 20]
@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
     "tiff-12-bytes": (TIFF[:12], 422, "the header is damaged"),
     "tiff-half": (TIFF[: len(TIFF) // 2], 422, "TIFF of 60 x 40 cannot be decoded: "),
     "tiff-without-end": (TIFF[:-2], 422, "TIFF of 60 x 40 cannot be decoded: "),
-    # too short for their format to be told
+    # too short to recognise their format
     "png-4-bytes": (PNG[:4], 415, NO_FORMAT),
     "webp-4-bytes": (WEBP[:4], 415, NO_FORMAT),
     "bmp-12-bytes": (BMP[:12], 415, NO_FORMAT),
@@ -151,11 +151,11 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
     "png-no-width": (png(0, 40), 422, "cannot be read: "),
     "jpeg-no-width": (resized_jpeg(0, 40), 422, "cannot be read: "),
     "bmp-no-size": (patched(BMP, 18, bytes(8)), 415, NO_FORMAT),
-    # not to be believed
+    # misleading metadata
     "png-icc-of-5-mb": (encoded("PNG", icc_profile=bytes(5_000_000)), 422, "too large"),  # packed
-    # no fixed white
+    # no fixed white point
     "tiff-of-floats": (encoded("TIFF", image=FLOATS), 422, "TIFF with 32 bits a channel"),
-    # no pictures, or not of ours
+    # not pictures, or in a format that is not accepted
     "text": (b"hello, this is no picture", 415, NO_FORMAT),
     "html": (b"<!doctype html><html><body><img src='a.png'></body></html>", 415, NO_FORMAT),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", 415, NO_FORMAT),
@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
 ORIENTATION_99 = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x63" + bytes(6)
 
 CAPTIONED: dict[str, bytes] = {
-    "png-without-end": PNG[:-12],  # all pixels are there
+    "png-without-end": PNG[:-12],  # but all pixels are present
     "gif-without-end": GIF[:-1],
     "gif-no-size": patched(GIF, 6, bytes(4)),  # its frame has one
     "jpeg-and-rubbish": JPEG + bytes(500),
@@ -206,7 +206,7 @@ CAPTIONED: dict[str, bytes] = {
 
 
 def ways(data: bytes) -> dict[str, Callable[[TestClient], Any]]:
-    """The same picture by every way in, each of which lies about what it is."""
+    """The same picture sent in every way, each with a wrong declaration of its type."""
     text = base64.b64encode(data).decode()
     url = {"url": f"data:image/png;base64,{text}"}
     content = [{"type": "image_url", "image_url": url}]
@@ -399,7 +399,7 @@ def test_a_bad_query_is_refused_by_name_and_value(
 
 
 def test_one_request_cannot_take_gigabytes(client: Clients, refused: Refused) -> None:
-    """A list of all that is wrong, with an entry for each item of a long list, would."""
+    """An error message for each item of a long list would."""
     many = "0," * 300_000 + "0"
     fields = json.dumps({f"x{number}": 0 for number in range(200_000)})
     bodies = [

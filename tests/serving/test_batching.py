@@ -1,4 +1,4 @@
-"""The batcher: who shares a batch, who waits, and whom a failure or a departure touches."""
+"""The batcher: which items share a batch or wait, and the effect of failures and cancellation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from caption_ray.serving.batching import Batcher, QueueFullError
 
 
 class Device:
-    """Doubles numbers, remembers its batches, and can be held."""
+    """Doubles numbers, records its batches, and can be blocked."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[str, list[int]]] = []
@@ -40,7 +40,7 @@ def batcher(device: Device, **changed: Any) -> Batcher[str, int, int]:
 
 
 async def hold(device: Device, batches: Batcher[str, int, int]) -> asyncio.Task[Any]:
-    """A batch of one, that runs until the gate is set."""
+    """Start a batch of one item that runs until the gate is set."""
     device.gate.clear()
     device.started.clear()
     task = asyncio.create_task(batches.submit("a", -1))
@@ -177,7 +177,7 @@ def test_a_full_queue_refuses_and_admits_again() -> None:
 
 
 def test_the_expected_wait_is_what_the_last_batches_took() -> None:
-    """One item a batch, each 0.1 s: with 2 s allowed about 20 may wait, and not 40."""
+    """One item per batch, 0.1 s each: with 2 s allowed, about 20 may wait, but not 40."""
 
     async def main() -> None:
         device = Device()

@@ -1,4 +1,4 @@
-"""`POST /caption`: every form of body, every parameter, and what comes back."""
+"""`POST /caption`: every form of body, every parameter, and the answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Refused = Callable[..., None]
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 BESIDE = {"num_beams": 4, "num_return_sequences": 3}
-"""Parameters that change what the test checkpoint says by itself."""
+"""Parameters that change the test checkpoint's captions."""
 
 
 def text(data: bytes) -> str:
@@ -153,7 +153,7 @@ def test_a_form_that_makes_no_sense_is_refused_by_field(
         ("; boundary=b", b"nonsense", "Invalid multipart data"),
         ("; boundary=other", b"Content-Disposition: form-data; name=image\r\n\r\nx", "Invalid"),
         ("", b"Content-Disposition: form-data; name=image\r\n\r\nx", "Missing boundary"),
-        # codecs that decode to what no answer can be written with
+        # charsets that decode to characters which no answer can be encoded with
         ("; boundary=b; charset=unicode_escape",
          b'Content-Disposition: form-data; name="\\ud800"\r\n\r\nx', "'\\ud800' is no field"),
         ("; boundary=b; charset=utf-7",
@@ -240,7 +240,7 @@ def test_every_parameter_arrives_where_captions_are_made(
 def test_no_caption_is_shorter_than_min_new_tokens(
     client: Clients, picture: Pictures, captions: Captions, length: int
 ) -> None:
-    """Nor is it refused where the checkpoint's longest caption, of 6 words, would be shorter."""
+    """Nor is it refused if the checkpoint's maximum, of 6 words, is below it."""
     data = picture(2)
     answer = client().post(f"/caption?min_new_tokens={length}", content=data)
     assert texts(answer) == said(captions(data, min_length=length, max_length=max(6, length)))
@@ -440,7 +440,7 @@ def test_a_stream_tells_the_words_of_the_answer_and_then_the_answer(
     told = [word for _, data in words for word in data["words"]]
     best = whole if isinstance(whole, dict) else whole[0]
     assert best["generated_text"].split()[: len(told)] == told
-    if "do_sample" not in query:  # of several that are drawn, only what they share is certain
+    if "do_sample" not in query:  # of several samples, only their common prefix is certain
         assert " ".join(told) == best["generated_text"]
 
 

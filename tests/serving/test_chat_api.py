@@ -1,4 +1,4 @@
-"""`/v1`: the real client of OpenAI, and whatever else might call."""
+"""`/v1`: with OpenAI's real client, and with raw requests."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def openai_client(client: Clients) -> Callable[..., openai.OpenAI]:
 
 @pytest.fixture
 def ask(openai_client: Callable[..., openai.OpenAI], picture: Pictures) -> Callable[..., Any]:
-    """A completion for the picture of seed 2, by the client that is given or a new one."""
+    """A completion for the picture with seed 2, from the given client or a new one."""
 
     def complete(client: openai.OpenAI | None = None, **asked: Any) -> Any:
         defaults: dict[str, Any] = {
@@ -217,7 +217,7 @@ def test_a_stream_spells_the_completion(ask: Callable[..., Any], asked: dict[str
 
 
 def test_a_greedy_stream_comes_word_by_word(ask: Callable[..., Any], backend: Any) -> None:
-    # all words are told before it fails, so what came was not waiting for the answer
+    # it fails after streaming all words, so these did not wait for the answer
     backend.raises_late = RuntimeError("secret")
     told = []
     with pytest.raises(openai.APIError, match="internal error in request request-7"):

@@ -1,4 +1,4 @@
-"""Fetching pictures by URL: real servers on this machine; names answered by a made-up resolver."""
+"""Fetching pictures by URL: real servers on this machine, and a fake resolver of names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def send(
 
 
 def drip(handler: BaseHTTPRequestHandler, head: bytes, drops: bytes) -> None:
-    """`head`, then `drops` again and again, too often for a timeout between bytes."""
+    """Send `head`, then `drops` repeatedly, too fast for a timeout between bytes."""
     handler.wfile.write(head)
     for _ in range(100):
         handler.wfile.write(drops)
@@ -48,7 +48,7 @@ def drip(handler: BaseHTTPRequestHandler, head: bytes, drops: bytes) -> None:
 
 @contextlib.contextmanager
 def serving(tls: ssl.SSLContext | None = None) -> Iterator[SimpleNamespace]:
-    """A server whose `answers` are functions by path, `/` being the picture; `seen` requests."""
+    """A server: `answers` are functions by path, `/` is the picture; `seen` are the requests."""
     answers: dict[str, Answer] = {"/": send}
     seen: list[SimpleNamespace] = []
 
@@ -58,7 +58,7 @@ def serving(tls: ssl.SSLContext | None = None) -> Iterator[SimpleNamespace]:
 
         def do_GET(self) -> None:
             seen.append(SimpleNamespace(path=self.path, headers=dict(self.headers)))
-            with contextlib.suppress(OSError):  # the client may leave when it has enough
+            with contextlib.suppress(OSError):  # the client may disconnect once it has enough
                 answers[self.path](self)
 
     class Server(ThreadingHTTPServer):
@@ -70,7 +70,7 @@ def serving(tls: ssl.SSLContext | None = None) -> Iterator[SimpleNamespace]:
 
     server = Server(("127.0.0.1", 0), Handler)
     if tls is not None:
-        # the handshake is for the threads: here it would hold up the one that accepts
+        # the threads do the handshake: here it would block the one that accepts connections
         server.socket = tls.wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
         )
@@ -93,7 +93,7 @@ def web() -> Iterator[SimpleNamespace]:
 
 
 class Names:
-    """The resolver: `answers` by name, the last of them for ever; what was asked is in `asked`."""
+    """A fake resolver: successive `answers` by name, the last repeats; `asked` are the queries."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -111,7 +111,7 @@ class Names:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, web: SimpleNamespace) -> Names:
-    """Names, and a net in which every address leads to `web`, or to another `port` here."""
+    """The fake resolver, and a network in which every address leads to `web`, or another `port`."""
     names = Names(web.port)
 
     def connect(address: tuple[str, int], *rest: Any, **options: Any) -> socket.socket:
@@ -511,7 +511,7 @@ def test_an_endless_body_is_read_no_further_than_the_limit(web, head):
 
     web.answers["/"] = pour
     assert failure(f"{web.url}/", web.host, max_bytes=10**6).kind == "too_large"
-    assert written < 10**8  # what lies in the kernel's buffers is not ours
+    assert written < 10**8  # some bytes stay in the kernel's buffers
 
 
 def test_what_is_compressed_all_the_same_is_not_unpacked(web):
@@ -592,7 +592,7 @@ def test_no_thread_or_connection_is_left_behind(web):
         get(f"{web.url}/first", web.host)
         failure(f"{web.url}/no", web.host)
         failure(f"{web.url}/", web.host, max_bytes=5)
-    end = time.monotonic() + 5  # the server closes its ends when it likes
+    end = time.monotonic() + 5  # the server closes its ends at any time
     while len(list(folder.iterdir())) > before + 3 and time.monotonic() < end:
         time.sleep(0.05)
     assert len(list(folder.iterdir())) <= before + 3
@@ -608,7 +608,7 @@ def test_no_thread_or_connection_is_left_behind(web):
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed one for images.example.org and 127.0.0.1, and its key."""
+    """A self-signed certificate for images.example.org and 127.0.0.1, and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
     folder = tmp_path_factory.mktemp("tls")
@@ -632,7 +632,7 @@ def secure_web(certificate: tuple[Path, Path]) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def trusted(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default context, with this certificate among the trusted ones."""
+    """The default TLS context, with this certificate among the trusted ones."""
     context = ssl.create_default_context(cafile=str(certificate[0]))
     monkeypatch.setattr(module, "_tls", lambda: context)
 

@@ -40,7 +40,7 @@ PATHS = ("/caption", "/v1/chat/completions")
 
 
 def body_of(path: str, data: bytes) -> bytes:
-    """A request for a caption of `data`, as `path` wants it."""
+    """The body of a request to `path` for a caption of `data`."""
     if path == "/caption":
         return data
     url = {"url": f"data:;base64,{base64.b64encode(data).decode()}"}
@@ -49,7 +49,7 @@ def body_of(path: str, data: bytes) -> bytes:
 
 
 class Exchange:
-    """A request straight to the application: its body comes, or does not, as the test says."""
+    """A request straight to the ASGI application, whose body arrives as `receive` says."""
 
     def __init__(self, http: TestClient, path: str, receive: Receive, **headers: str) -> None:
         self.http, self.path, self.receive, self.request_headers = http, path, receive, headers
@@ -84,7 +84,7 @@ class Exchange:
 
 
 def arriving(*pieces: bytes, then: str = "end", pause_s: float = 0.0) -> Receive:
-    """A body in pieces, which then ends, hangs, or is cut off because the client has gone."""
+    """A body in pieces, which then ends, hangs, or is cut off as the client disconnects."""
     left = list(pieces)
 
     async def receive() -> dict[str, Any]:
@@ -101,7 +101,7 @@ def arriving(*pieces: bytes, then: str = "end", pause_s: float = 0.0) -> Receive
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Of Ray Serve's logger, which passes nothing on to others."""
+    """The log of Ray Serve's logger, which does not propagate."""
     logging.getLogger("ray.serve").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("ray.serve").removeHandler(caplog.handler)
@@ -157,7 +157,7 @@ CLOSED = [
 
 @pytest.fixture(params=["environment", "file"])
 def token(request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """Settings with which TOKEN is needed."""
+    """Settings with which TOKEN is required."""
     if request.param == "environment":
         monkeypatch.setenv(auth.TOKENS_VARIABLE, f"{OTHER},{TOKEN}")
         return {}
@@ -240,12 +240,12 @@ def test_listed_origins_may_call_and_no_others(
     client: Clients, picture: Pictures, token: dict[str, Any]
 ) -> None:
     http = client(cors_origins=(ORIGIN,), **token)
-    allowed = http.options("/caption", headers=PREFLIGHT)  # browsers send no token with it
+    allowed = http.options("/caption", headers=PREFLIGHT)  # browsers send no token with a preflight
     assert allowed.status_code == 200
     assert allowed.headers["Access-Control-Allow-Origin"] == ORIGIN
     assert "Authorization" in allowed.headers["Access-Control-Allow-Headers"]
     assert "Access-Control-Allow-Credentials" not in allowed.headers
-    for headers in (BEARER, {}):  # a refusal must be readable, too
+    for headers in (BEARER, {}):  # the page must be able to read errors, too
         answer = http.post("/caption", content=b"", headers={"Origin": ORIGIN, **headers})
         assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
         assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
@@ -306,7 +306,7 @@ def test_a_client_that_goes_before_its_body_is_complete_gets_no_answer_and_leave
     client: Clients, picture: Pictures, backend: Any, log: pytest.LogCaptureFixture
 ) -> None:
     http = client()
-    http.get("/livez")  # now it has warned that there are no tokens
+    http.get("/livez")  # drops the warning that there are no tokens
     log.clear()
     for path in PATHS:
         data = body_of(path, picture(1))
@@ -319,7 +319,7 @@ def test_a_client_that_goes_before_its_body_is_complete_gets_no_answer_and_leave
 def test_more_bytes_than_may_be_buffered_are_refused_until_others_are_let_go(
     client: Clients, picture: Pictures, refused: Refused, path: str
 ) -> None:
-    """Three bodies that hang take the room; when they have timed out, all of it is there again."""
+    """Three stalled bodies fill the buffer; once they time out, all of it is free again."""
     http = client(max_body_bytes=50_000, max_buffered_bytes=90_000, body_timeout_s=0.5)
 
     async def scenario() -> list[Exchange]:
@@ -356,7 +356,7 @@ ENDINGS: dict[str, Callable[[bytes], Receive]] = {
 def test_however_a_request_ends_its_bytes_are_let_go(
     client: Clients, picture: Pictures, path: str, ending: str
 ) -> None:
-    """The room is for one body only, so one that was still counted would be one too many."""
+    """The buffer has room for one body only, so a body that stayed counted would block the next."""
     http = client(max_body_bytes=50_000, max_buffered_bytes=50_000, body_timeout_s=0.05)
     data = body_of(path, picture(1))
     for _ in range(3):
@@ -466,7 +466,7 @@ def test_one_picture_that_fails_ends_the_others_of_the_request(
     async def scenario() -> Exchange:
         body = json.dumps({"inputs": [good, "aGVsbG8=", good]}).encode()
         answer = await Exchange(client(), "/caption", arriving(body))()
-        await asyncio.sleep(0.05)  # the loop goes on: at its end everything would end
+        await asyncio.sleep(0.05)  # keep the loop running: its end would cancel everything
         assert ended == [picture(1)] * 2
         return answer
 
@@ -540,7 +540,7 @@ def test_everything_works_below_a_route_prefix(
 
 
 class Links(html.parser.HTMLParser):
-    """Addresses in a page's elements, the texts of `<script>` and `<style>`, inline code."""
+    """Collects a page's URLs, the texts of `<script>` and `<style>`, and inline code."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""/openapi.json and the endpoint agree, also about requests that nobody thought of: schemathesis
-makes them from the description, valid ones and, by changing these, invalid ones."""
+"""/openapi.json describes what the endpoint does: schemathesis generates requests from it, valid
+ones and mutated, invalid ones, and checks the answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-"""Not positive_data_acceptance: no schema says what is a picture, or which beams are enough."""
+"""Not positive_data_acceptance: no schema tells what is a picture, or how many beams suffice."""
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
@@ -72,7 +72,7 @@ def test_no_operation_is_left_out(described: Any) -> None:
 
 
 def with_picture(case: Any) -> Any:
-    """The same request, but about a picture: schemas only know of texts."""
+    """The same request, but with a real picture: schemas only know strings."""
     text = base64.b64encode(PNG).decode()
     if case.media_type == "multipart/form-data":
         case.body = {"image": [PNG]}
@@ -88,7 +88,7 @@ def with_picture(case: Any) -> Any:
 
 
 def is_text_in_a_form(case: Any) -> bool:
-    """Whether an object stands where a form's schema says text: it is sent as its JSON, a text."""
+    """Whether a form's text field is an object: it is sent as JSON, which is a valid text."""
     is_form = case.media_type == "multipart/form-data" and isinstance(case.body, dict)
     return is_form and isinstance(case.body.get("parameters"), dict)
 
