@@ -43,7 +43,7 @@ CHECKPOINT_VARIABLE = "CAPTION_RAY_CHECKPOINT"
 TOKENS_FILE_VARIABLE = "CAPTION_RAY_TOKENS_FILE"
 
 MAX_QUEUE = 1024
-"""Most pictures waiting for a captioner: 200 MB at 256 x 256. `max_queue_s` is the usual limit."""
+"""Most pictures waiting for a captioner: 200 MB at 256 x 256. `max_queue_s` refuses earlier."""
 
 INGRESS_REQUESTS = 1024
 """In-flight requests of one ingress before Ray queues them in its proxy. Far above what the ingress

@@ -140,7 +140,7 @@ class Batcher(Generic[Key, Item, Result]):
         finally:
             self._last_s = time.monotonic() - self._running.pop(lane)
             self._lane_free.set()
-            self._arrival.set()  # wakes a lane that is collecting: the device may be idle now
+            self._arrival.set()  # wakes `_next_batch`: the device may be idle now
         rate = len(batch) / self._last_s
         before = rate if self._rate is None else self._rate
         self._rate = RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * before

@@ -3,8 +3,8 @@
 An entry of the list is a host name (`images.example.org`), all subdomains of one (`.example.org`),
 or a literal IP address (`10.0.0.5`, `[::1]`), each optionally with `:port`; without, only the
 scheme's default port is allowed. A name must resolve to public addresses only (a single private one
-refuses it), and the connection is made to the checked addresses, so that DNS cannot answer
-differently later. A literal address may be private. Redirects pass the same checks.
+refuses it), and the connection goes to the checked addresses, so that DNS cannot answer differently
+later. A literal address may be private if the URL names it. Redirects pass the same checks.
 """
 
 from __future__ import annotations

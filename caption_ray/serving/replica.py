@@ -34,7 +34,7 @@ HANG_S = 60.0
 """A batch that runs for longer than this many seconds means that the device hangs."""
 
 MAX_CPU_LANES = 2
-"""Batches that run at a time without a GPU, each on its share of the cores."""
+"""Batches that run at a time without a GPU; those that do share the cores evenly."""
 
 logger = logging.getLogger("ray.serve")
 

@@ -1,4 +1,4 @@
-"""What both APIs share: reading bodies within limits, captioning, turning errors into refusals."""
+"""What both APIs share: reading bodies within limits, captioning, turning errors into answers."""
 
 from __future__ import annotations
 

@@ -147,17 +147,17 @@ def test_a_form_that_makes_no_sense_is_refused_by_field(
 @pytest.mark.parametrize(
     ("declared", "part", "piece"),
     [
-        ("; boundary=b", b"Content-Disposition: form-data; name=image\r\n\r\nx", "no file"),
+        ("; boundary=b", b"Content-Disposition: form-data; name=image\r\n\r\nx", "not a file"),
         ("; boundary=b", b"Content-Disposition: form-data\r\n\r\nx", '"name" must be provided'),
-        ("; boundary=b", b"Content-Disposition: form-data; name=x\r\n\r\nx", "'x' is no field"),
+        ("; boundary=b", b"Content-Disposition: form-data; name=x\r\n\r\nx", "'x' is not a field"),
         ("; boundary=b", b"nonsense", "Invalid multipart data"),
         ("; boundary=other", b"Content-Disposition: form-data; name=image\r\n\r\nx", "Invalid"),
         ("", b"Content-Disposition: form-data; name=image\r\n\r\nx", "Missing boundary"),
         # charsets that decode to characters which no answer can be encoded with
         ("; boundary=b; charset=unicode_escape",
-         b'Content-Disposition: form-data; name="\\ud800"\r\n\r\nx', "'\\ud800' is no field"),
+         b'Content-Disposition: form-data; name="\\ud800"\r\n\r\nx', "'\\ud800' is not a field"),
         ("; boundary=b; charset=utf-7",
-         b'Content-Disposition: form-data; name="+2AA-"\r\n\r\nx', "'\\ud800' is no field"),
+         b'Content-Disposition: form-data; name="+2AA-"\r\n\r\nx', "'\\ud800' is not a field"),
         ("; boundary=b; charset=punycode",
          b'Content-Disposition: form-data; name="-"\r\n\r\nx', "form"),
     ],
