@@ -23,7 +23,7 @@ import ray
 
 from caption_ray import cluster, storage
 from caption_ray.config import DataConfig
-from caption_ray.data import receipts, shapes, shards
+from caption_ray.data import receipts, shapes, shards, unspaced
 from caption_ray.data.dataset import read_index
 from caption_ray.data.rows import READ_THREADS, fingerprint, to_row
 from caption_ray.data.shards import INDEX_FILE, Index, LeftOut, Shard
@@ -37,6 +37,10 @@ SHARD_NAME = re.compile(r"\d+-of-\d+\.parquet")
 
 IMAGES_PER_SHARD = 500
 """Default size of a shard: 10 MB of shrunk COCO, one request of object storage."""
+
+
+LANGUAGE_SAMPLE = 1000
+"""Pictures whose captions tell which language they are in."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def ingest(
     """
     source, out = storage.resolve(source), storage.resolve(out)
     found = find_splits(source, splits=splits, karpathy=karpathy)
+    first = next(iter(found.values())).records[:LANGUAGE_SAMPLE]
+    unspaced.warn(caption for record in first for caption in record.picture.captions)
     parts = {split: _shuffled(content, images_per_shard, seed) for split, content in found.items()}
     wanted = fingerprint(parts, image_size)
 

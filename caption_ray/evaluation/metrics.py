@@ -17,7 +17,7 @@ from typing import Any
 from caption_ray import storage
 from caption_ray.captioning.metrics import MetricsError, Scores, score
 from caption_ray.config import Uri, parse_arguments
-from caption_ray.data import json_entries
+from caption_ray.data import json_entries, unspaced
 from caption_ray.data.tokenizer import tokenize
 
 
@@ -117,6 +117,7 @@ def main() -> None:
         scores = score(told, wanted, java=arguments.java)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    unspaced.warn(caption for captions in wanted for caption in captions)
     empty = sum(not tokenize(caption) for caption in told)
     if empty:  # which a captioner may well say, so it scores
         print(f"note: {empty} captions of {arguments.results} have no word", file=sys.stderr)

@@ -19,6 +19,7 @@ from typing import Any
 from caption_ray import storage
 from caption_ray.captioning import checkpoint, metrics, run_folder, tracking
 from caption_ray.config import SearchConfig
+from caption_ray.data import unspaced
 from caption_ray.data.dataset import DataSet
 from caption_ray.data.rows import READ_THREADS
 from caption_ray.data.tokenizer import tokenize
@@ -85,6 +86,7 @@ def make(
     if not records:
         first = f"{unread[0]['file']}: {unread[0]['error']}" if unread else "there is none"
         raise ValueError(f"{dataset.uri}: no picture of {split} can be read, the first: {first}")
+    unspaced.warn(caption for record in records for caption in record["references"])
     scores = metrics.score(
         [record["caption"] for record in records],
         [record["references"] for record in records],

@@ -254,6 +254,19 @@ def test_a_captioner_may_have_nothing_to_say(
     assert json.loads(printed.out.splitlines()[-1])["ROUGE-L"] == 0
 
 
+def test_captions_of_one_word_each_are_warned_of(
+    files: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(files())
+    assert capsys.readouterr().err == ""
+    chinese = {
+        "images": [{"id": 1}, {"id": 2}],
+        "annotations": [told(1, "一只狗在草地上奔跑"), told(2, "两只狗")],
+    }
+    command(files(chinese))
+    assert "no spaces between words. Use --data.tokenizer characters" in capsys.readouterr().err
+
+
 def test_a_missing_file_is_named(files: Callable[..., list[str]], tmp_path: Path) -> None:
     done = run([*files()[:2], "--results", str(tmp_path / "none.json")])
     assert done.returncode == 1 and "none.json" in done.stderr

@@ -252,6 +252,15 @@ def test_a_compression_that_is_not_read_is_named(tmp_path):
     assert _outcome(source) == {"a.jpg": said}
 
 
+def test_a_language_without_spaces_is_noticed_before_the_work(tmp_path, capsys, monkeypatch):
+    captions = [{"image_id": 0, "caption": "一只狗在草地上奔跑"}]
+    source = _layout(tmp_path / "source", {"a.jpg": _picture(8, 8)}, annotations=captions)
+    monkeypatch.setattr("caption_ray.data.ingest._write_shards", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _ingest(source, tmp_path / "out")
+    assert "1.0 words of 9.0 characters" in capsys.readouterr().err
+
+
 def test_what_is_left_out_is_told_with_its_reason_number_and_first():
     left_out = [
         format.LeftOut("train", "1.jpg", "missing"),
