@@ -79,16 +79,3 @@ def test_what_is_missing_is_said_as_before(source: str) -> None:
     Path(source, "val.tsv").unlink()
     with pytest.raises(ValueError, match=r"no captions for split 'val'.*captions_val2017"):
         find_splits(source)
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_it_is_ingested(source: str, tmp_path: Path) -> None:
-    from caption_ray.data.ingest import ingest
-
-    out = str(tmp_path / "shards")
-    index = ingest(
-        source, out, image_size=16, images_per_shard=10, seed=0, splits=("train", "val"),
-        progress=False,
-    )  # fmt: skip
-    assert {split: sum(index.rows(split)) for split in index.splits} == {"train": 2, "val": 1}
-    assert not index.left_out
