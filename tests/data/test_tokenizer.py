@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import random
 import re
@@ -13,6 +14,7 @@ import pytest
 
 from caption_ray.data import tokenizer
 from caption_ray.data.tokenizer import tokenize
+from caption_ray.evaluation.metrics import score
 
 # What CoreNLP 3.4.1 and pycocoevalcap 1.2 gave for these captions.
 EXPECTED = {
@@ -175,6 +177,56 @@ def test_the_table_of_expectations_is_the_references() -> None:
 def test_the_words_of_the_sentences_are_the_references() -> None:
     assert reference([text for _, text in sentences()]) == read_lines(TOKENS)
     assert not differences([text for _, text in sentences()])
+
+
+def random_lines(seed: int, count: int) -> list[str]:
+    """Words of characters of a script or two, with marks between, and now and then any others."""
+    rng = random.Random(seed)
+    blocks = [range(at, at + 0x80) for at in range(0x80, 0x3100, 0x80)]
+    blocks += [range(at, at + 0x80) for at in range(0xA000, 0xABFF, 0x80)]
+    blocks += [range(0x4E00, 0x4F00), range(0xAC00, 0xAD00), range(0xF900, 0x10000)]
+    blocks += [range(0x10000, 0x12000), range(0x1D400, 0x1D800), range(0x1F300, 0x1FA00)]
+    latin = [range(0x61, 0x7B), range(0x41, 0x5B), range(0x30, 0x3A), range(0x21, 0x7F)]
+    between = [" ", " ", " ", " ", ". ", ", ", "-", "'", "’", ".", "", "\xad", "\u200d", "\ufe0f"]
+
+    def word() -> str:
+        common, other = rng.choice(blocks + latin * 4), rng.choice(blocks + latin * 4)
+        letters = [rng.choice(rng.choices((common, other), (4, 1))[0]) for _ in range(6)]
+        return "".join(map(chr, letters[: rng.randint(1, 6)]))
+
+    lines = ["".join(word() + rng.choice(between) for _ in range(8)) for _ in range(count)]
+    # what ends a line there moves the reference to the next caption
+    return [re.sub("[\v\f\r\u2028\u2029]", " ", line) for line in lines]
+
+
+@needs_reference
+def test_random_characters_are_cut_as_the_reference_cuts_them() -> None:
+    assert not differences(random_lines(0, 2000))
+
+
+@needs_reference
+def test_scores_of_all_languages_are_cocos() -> None:
+    """Over the words of the reference, by COCO's own scorers."""
+    bleu = importlib.import_module("pycocoevalcap.bleu.bleu").Bleu(4)
+    rouge = importlib.import_module("pycocoevalcap.rouge.rouge").Rouge()
+    cider = importlib.import_module("pycocoevalcap.cider.cider").Cider()
+    texts = [text for _, text in sentences()]
+    told, wanted = [], []
+    for one, next_one in itertools.pairwise(texts):
+        told.append(one[: len(one) * 2 // 3] + next_one[len(next_one) * 2 // 3 :])
+        wanted.append([one, next_one])
+    cut = dict(zip(told + texts, reference(told + texts), strict=True))
+    results = {image: [cut[text]] for image, text in enumerate(told)}
+    references = {image: [cut[text] for text in both] for image, both in enumerate(wanted)}
+    bleus, of_images = bleu.compute_score(references, results, verbose=0)
+    theirs = {"BLEU-4": (bleus[3], of_images[3])}
+    theirs["ROUGE-L"] = rouge.compute_score(references, results)
+    theirs["CIDEr-D"] = cider.compute_score(references, results)
+    ours = score(told, wanted)
+    for name, (whole, values) in theirs.items():
+        assert ours.corpus[name] == pytest.approx(whole, abs=1e-9), name
+        for image, value in zip(ours.per_image, values, strict=True):
+            assert image[name] == pytest.approx(value, abs=1e-9), name
 
 
 @needs_reference
