@@ -6,7 +6,7 @@ Writes one JSON line a picture: file, caption and log-probability (or the error)
 from dataclasses import dataclass, field
 
 from caption_ray import cluster
-from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning import run_folder
 from caption_ray.config import SearchOverrides, Uri, default_storage, parse_arguments
 from caption_ray.evaluation import evaluate
 
@@ -27,13 +27,13 @@ class Arguments:
 def main() -> None:
     arguments = parse_arguments(Arguments, description=__doc__)
     try:
-        uri = run_folder.find(arguments.checkpoint)
-        search = arguments.search.apply(checkpoint.read_about(uri).search)
+        loaded = run_folder.load(arguments.checkpoint)
+        search = arguments.search.apply(loaded.search)
         cluster.connect()
-        unreadable = evaluate.caption_files(uri, arguments.images, arguments.out, search=search)
+        unreadable = evaluate.caption_files(loaded, arguments.images, arguments.out, search=search)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"Captions of {uri} in {arguments.out}; {unreadable} unreadable pictures")
+    print(f"Captions of {loaded.uri} in {arguments.out}; {unreadable} unreadable pictures")
 
 
 if __name__ == "__main__":

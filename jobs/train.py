@@ -7,6 +7,7 @@ On a cluster: `ray job submit --working-dir . -- python jobs/train.py coco --dat
 import shlex
 
 from caption_ray import cluster, config, storage
+from caption_ray.captioning import checkpoint
 from caption_ray.evaluation import evaluate, report
 from caption_ray.training import trainer
 
@@ -23,8 +24,9 @@ def main() -> None:
         raise SystemExit(str(stopped)) from None
     curve = report.write_loss_curve(finished.history, finished.run)
     drawn = settings.data.shards is None and settings.data.source is None
+    loaded = checkpoint.load(finished.checkpoint)
     records = evaluate.caption_split(
-        finished.checkpoint, trainer.open_data(settings), "val", limit=None if drawn else 5
+        loaded, trainer.open_data(settings), "val", limit=None if drawn else 5
     )
     print("\nSample captions of validation pictures:")
     for record in records[:5]:

@@ -21,7 +21,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -312,9 +312,10 @@ def _fit_weights(uri: str, captioner: Captioner, files: dict[str, bytes]) -> Non
         raise CheckpointError(f"{uri}: does not fit: {error}") from error
 
 
-def load_for_resume(
-    uri: str, captioner: Captioner, device: torch.device
-) -> tuple[State, dict[str, Any], NDArray[np.bool_]]:
+Resumed: TypeAlias = tuple[State, dict[str, Any], NDArray[np.bool_]]
+
+
+def load_for_resume(uri: str, captioner: Captioner, device: torch.device) -> Resumed:
     """Load weights into `captioner`; returns state, what `save` got as `optimizer`, and ledger."""
     files = _read(uri, [MODEL, STATE, OPTIMIZER, LEDGER])
     _fit_weights(uri, captioner, files)

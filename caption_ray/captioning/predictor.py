@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning import run_folder
 from caption_ray.captioning.checkpoint import CheckpointError, Loaded
 from caption_ray.config import EncoderConfig, SearchConfig
 from caption_ray.data import transforms
@@ -103,7 +103,7 @@ class Predictor:
 
         Raises CheckpointError if there is none or it cannot be loaded.
         """
-        return cls(checkpoint.load(run_folder.find(uri)), device, search, cuda_graphs)
+        return cls(run_folder.load(uri), device, search, cuda_graphs)
 
     def prepare(self, data: bytes) -> Images:
         """uint8 (S, S, 3) as the captioner wants it, from an encoded picture.

@@ -2,6 +2,7 @@
 
     <storage>/<run>/
       latest.json  best.json        pointers to checkpoints, replaced atomically
+      owner.json                    who writes here: see ownership.py
       config.json  vocabulary.json  what the run was started with
       data.json                     the data set that it learns from
       history.json                  the logged points, for curves
@@ -11,37 +12,66 @@
       validation/                   what each validation found, one file a checkpoint
       evaluation/                   what jobs/evaluate.py found
 
-No pointer ever names a checkpoint without a manifest, and the next commit removes such remains. It
-also removes whole checkpoints beyond the one that the run went on from: a commit that was killed
-before latest.json named its checkpoint leaves one that is complete, but from an abandoned history.
+Training writes here (commit, crown, release); everybody else reads (find, load).
 
-Training writes here (commit, crown, release); everybody else reads (find).
+Commits, a validation and readers work at the same time, and any of them may be killed between two
+operations. They share no lock. All that they rely on is that an object appears, is replaced and
+disappears at once, and that whoever looks afterwards sees it: this is so on a local disk (rename)
+and on S3 (put, delete and listings are consistent). The rules:
+
+1. What decides is written once, by one writer, and never changed: a checkpoint is whole while it
+   has its manifest, waits while it has `to-validate`, and its score is its file in validation/. A
+   name that is whole is not written to again. The pointers only repeat what follows from these
+   files (`_settle`), so none is ever lost to two writers: whoever has written a pointer looks again
+   until what he finds agrees with it.
+2. A commit writes `to-validate`, the files, the manifest, then the pointers, the best first.
+3. A validation writes the score, then best.json, and only then removes `to-validate`; one whose
+   checkpoint waits no longer (it is of a job that ended, see `release_all`) writes nothing.
+4. Pruning, the last part of a commit, decides on each checkpoint by itself: it looks for
+   `to-validate`, only after seeing none it settles the pointers anew, and removes what they do not
+   name, the manifest first. What waits no longer was crowned before, which the later look sees. At
+   last it settles once more: should a writer that was cut off have pointed to what was removed,
+   the pointer goes to another whole checkpoint. That writer does the same after he has written.
+5. Readers take a pointer for what it is, an answer that may be out of date: they find and load, and
+   start again while the answer changes (`read`).
+
+So a kill leaves the pointers on whole checkpoints, and `release_all` and the next commit complete
+what it interrupted: unfinished checkpoints, and whole ones beyond the one that the run went on
+from, which a commit leaves that was killed before latest.json named them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from caption_ray import storage
 from caption_ray.captioning import checkpoint
-from caption_ray.captioning.checkpoint import CheckpointError, State
+from caption_ray.captioning.checkpoint import CheckpointError, Loaded, State
 from caption_ray.config import Config, from_dict, to_dict
 from caption_ray.data.vocabulary import Vocabulary
 
 PREFIX = "checkpoint-"
 TO_VALIDATE = "to-validate"
-CRITERION = "val/CIDEr-D"
-"""The metric that decides which checkpoint is the best."""
+CRITERION, LOSS = "val/CIDEr-D", "val/loss"
+"""The metrics that decide which checkpoint is the best: see `rank`."""
 Which = Literal["latest", "best"]
 POINTERS: tuple[Which, Which] = ("latest", "best")
 CONFIG, VOCABULARY, DATA = "config.json", "vocabulary.json", "data.json"
 HISTORY, FAILURE = "history.json", "failure.txt"
 VALIDATION, EVALUATION = "validation", "evaluation"
+
+CHANGES = 10
+"""How often a checkpoint may be removed before it could be read, each time for another."""
+LOOKS, LOOK_SECONDS = 5, 0.1
+"""For another checkpoint than one that cannot be read."""
+
+T = TypeVar("T")
 
 
 def folder_name(step: int) -> str:
@@ -67,18 +97,18 @@ def commit(
     to_validate: bool = False,
 ) -> str:
     """Upload a saved checkpoint below the run's URI and let latest.json name it; best.json as well
-    if it `is_best` or there is no best yet. `after`: step of the checkpoint that it follows, which
-    the run saved before or went on from; by default it follows all that are there.
+    if there is no best yet, or if it `is_best` and no validation says otherwise. `after`: step of
+    the checkpoint that it follows, which the run saved before or went on from; by default it
+    follows all that are there.
 
     The manifest goes last; the pointers follow once all is there that it names. Only then are
     checkpoints removed that lie beyond `after`, or are neither the best nor among the newest `keep`
     nor yet to be validated. Killed at any point, it leaves the pointers on whole checkpoints, and
     the next commit cleans up. Returns the checkpoint's URI.
     """
-    _remove_unfinished(run)
-    name = _free_name(run, state.step)
+    name = _free_name(_remove_unfinished(run), state.step)
     uri = storage.join(run, name)
-    _remove(uri)
+    storage.delete(_validation_file(uri))  # of an earlier checkpoint of this name
     if to_validate:
         storage.write_bytes(storage.join(uri, TO_VALIDATE), b"")
     for file in sorted(
@@ -86,40 +116,22 @@ def commit(
     ):
         storage.write_bytes(storage.join(uri, file.name), file.read_bytes())
     checkpoint.verify_upload(uri)
-    is_best = is_best or not storage.exists(storage.join(run, "best.json"))
+    is_best = is_best or _read_pointer(run, "best") is None
     # the best first: with `latest` on this checkpoint already, a run that is killed here would go
     # on from it and never call it the best
     for which in reversed(POINTERS) if is_best else POINTERS[:1]:
-        _point(run, which, name, state.step, state.epoch, state.metrics)
+        _point(run, which, name, state, state.metrics)
     _prune(run, name, after, keep)
     return uri
 
 
-def _point(
-    run: str, which: str, name: str, step: int, epoch: int, metrics: dict[str, float]
-) -> None:
-    pointer = {
-        "checkpoint": name,
-        "step": step,
-        "epoch": epoch,
-        "metrics": metrics,
-        "time": datetime.now(timezone.utc).isoformat(),
-    }
-    uri = storage.join(run, f"{which}.json")
-    storage.write_bytes(uri, json.dumps(pointer, indent=1).encode())
-
-
-def crown(uri: str, metrics: dict[str, float]) -> bool:
-    """Let best.json name the checkpoint at `uri`, whose validation found `metrics`, unless that
-    names one with a better CRITERION; whether it does."""
-    run = storage.parent(uri)
-    best = _read_pointer(run, "best")["metrics"].get(CRITERION, -math.inf)
-    if metrics[CRITERION] <= best:
+def crown(uri: str, found: dict[str, float]) -> bool:
+    """The validation of the checkpoint at `uri` found this: write it down, and let best.json name
+    the best; whether that is this one."""
+    if not write_validation(uri, {**checkpoint.read_state(uri).metrics, **found}):
         return False
-    state = checkpoint.read_state(uri)
-    name = storage.name(uri)
-    _point(run, "best", name, state.step, state.epoch, {**state.metrics, **metrics})
-    return True
+    # not latest.json, which moves on meanwhile: that is the business of who commits
+    return _settle(storage.parent(uri), ["best"]).get("best") == storage.name(uri)
 
 
 def release(uri: str) -> None:
@@ -128,10 +140,71 @@ def release(uri: str) -> None:
 
 
 def release_all(run: str) -> None:
-    """No validation of the run goes on: what an earlier job left waiting may be pruned."""
-    for name in storage.list_folders(run):
-        if name.startswith(PREFIX):
-            release(storage.join(run, name))
+    """At the start, when nobody else writes to the run and no validation goes on: what an earlier
+    job left waiting may be pruned. Also removes what it left half-written, and puts the pointers
+    right, should it have been killed before it could."""
+    storage.delete_partial(run)
+    for name in _checkpoints(run):
+        release(storage.join(run, name))
+    _settle(run)
+
+
+def rank(metrics: dict[str, float]) -> tuple[float, float]:
+    """The greater, the better: checkpoints are ranked by CRITERION and, where that is equal, by the
+    validation loss.
+
+    It is equal for all where it says nothing: CIDEr-D weighs words by how few of the pictures they
+    belong to, so that a single validation picture always scores 0, as do captions of which no word
+    is right; and a captioner that says one thing of every picture has one score as long as it does.
+    """
+    loss = metrics.get(LOSS, math.inf)
+    return metrics.get(CRITERION, -math.inf), -math.inf if math.isnan(loss) else -loss
+
+
+def _settle(run: str, pointers: Sequence[Which] = POINTERS) -> dict[Which, str]:
+    """Let the pointers name what they should, and return that; nothing before the first commit.
+
+    The best is that of the highest rank among the whole checkpoints that were validated, the
+    earliest of equals. While none was, it is what best.json names; what latest.json names is only
+    replaced, by the newest, if it is not whole.
+    """
+    while True:
+        # the pointers before the scores: a score is written before best.json names its checkpoint
+        named = {which: (_read_pointer(run, which) or {}).get("checkpoint") for which in pointers}
+        whole = [name for name, is_whole in _checkpoints(run).items() if is_whole]
+        right = {
+            which: name if name in whole else whole[-1]
+            for which, name in named.items()
+            if name is not None and whole
+        }
+        scores = {name: _read_validation(storage.join(run, name)) for name in whole}
+        validated = [name for name in whole if CRITERION in scores[name]]
+        if validated and "best" in pointers:
+            right["best"] = max(validated, key=lambda name: rank(scores[name]))
+        wrong = [which for which, name in right.items() if named[which] != name]
+        if not wrong:
+            return right
+        for which in wrong:
+            name = right[which]
+            try:
+                state = checkpoint.read_state(storage.join(run, name))
+            except CheckpointError:
+                if storage.exists(storage.join(run, name, checkpoint.MANIFEST)):
+                    raise
+            else:  # else it was removed since: look again
+                _point(run, which, name, state, {**state.metrics, **scores[name]})
+
+
+def _point(run: str, which: Which, name: str, state: State, metrics: dict[str, float]) -> None:
+    pointer = {
+        "checkpoint": name,
+        "step": state.step,
+        "epoch": state.epoch,
+        "metrics": metrics,
+        "time": datetime.now(timezone.utc).isoformat(),
+    }
+    uri = storage.join(run, f"{which}.json")
+    storage.write_bytes(uri, json.dumps(pointer, indent=1).encode())
 
 
 def _checkpoints(run: str) -> dict[str, bool]:
@@ -143,34 +216,27 @@ def _checkpoints(run: str) -> dict[str, bool]:
     }
 
 
-def _named(run: str) -> set[str]:
-    """The checkpoints that pointers name."""
-    return {
-        str(_read_pointer(run, which)["checkpoint"])
-        for which in POINTERS
-        if storage.exists(storage.join(run, f"{which}.json"))
-    }
-
-
-def _free_name(run: str, step: int) -> str:
-    """A folder that no pointer names: the second checkpoint of a step (inside an epoch, and at its
-    end) must not be written over the first while that is the only good one."""
-    named, name, number = _named(run), folder_name(step), 1
-    while name in named:
-        number += 1
-        name = f"{folder_name(step)}-{number}"
-    return name
-
-
-def _remove_unfinished(run: str) -> None:
-    """Remove what commits left that were killed. Nobody else writes checkpoints of this run: Ray
-    Train uploads one after the other."""
-    for name, is_whole in _checkpoints(run).items():
+def _remove_unfinished(run: str) -> list[str]:
+    """Remove what commits left that were killed; names of the checkpoints that stay. Nobody else
+    writes checkpoints of this run: Ray Train uploads one after the other."""
+    checkpoints = _checkpoints(run)
+    for name, is_whole in checkpoints.items():
         storage.delete_partial(storage.join(run, name))
         if not is_whole:
             storage.delete(storage.join(run, name))
-    for which in POINTERS:
-        storage.delete_partial(storage.join(run, f"{which}.json"))
+    # not of best.json: a validation may be writing it
+    storage.delete_partial(storage.join(run, "latest.json"))
+    return [name for name, is_whole in checkpoints.items() if is_whole]
+
+
+def _free_name(taken: list[str], step: int) -> str:
+    """The second checkpoint of a step (inside an epoch, and at its end) must not be written over
+    the first, which may be the only good one, and which somebody may be reading."""
+    name, number = folder_name(step), 1
+    while name in taken:
+        number += 1
+        name = f"{folder_name(step)}-{number}"
+    return name
 
 
 def _prune(run: str, newest: str, after: float, keep: int) -> None:
@@ -178,19 +244,17 @@ def _prune(run: str, newest: str, after: float, keep: int) -> None:
     follows, and of its past all but the newest `keep` and those that wait for validation."""
     whole = [name for name, is_whole in _checkpoints(run).items() if is_whole]
     past = [name for name in whole if name == newest or step_of(name) <= after]
-    kept = _named(run) | set(past[-keep:])
-    for name in whole:
-        if name in kept:
-            continue
+    for name in (name for name in whole if name not in past[-keep:]):
         uri = storage.join(run, name)
-        if name not in past or not storage.exists(storage.join(uri, TO_VALIDATE)):
-            _remove(uri)
-
-
-def _remove(uri: str) -> None:
-    """The manifest first: what is left of a half-deleted checkpoint is then none."""
-    storage.delete(storage.join(uri, checkpoint.MANIFEST))
-    storage.delete(uri)
+        if name in past and storage.exists(storage.join(uri, TO_VALIDATE)):
+            continue
+        # only now: if it no longer waits, a validation that found it the best has crowned it
+        if name in _settle(run).values():
+            continue
+        # the manifest first: what is left of a half-deleted checkpoint is then none
+        storage.delete(storage.join(uri, checkpoint.MANIFEST))
+        storage.delete(uri)
+    _settle(run)
 
 
 # Which checkpoint is meant --------------------------------------------------------------------
@@ -217,14 +281,53 @@ def _find_one(uri: str, which: Which) -> str:
         if storage.name(uri) == pointer:
             which, uri = pointer, storage.parent(uri)
     folders = [uri, *(storage.join(uri, name) for name in storage.list_folders(uri))]
-    runs = [folder for folder in folders if has_begun(folder)]
-    if not runs:
+    latest = {folder: _read_pointer(folder, "latest") for folder in folders}
+    written = {folder: str(pointer["time"]) for folder, pointer in latest.items() if pointer}
+    if not written:
         raise CheckpointError(
             f"{uri}: neither a checkpoint nor a run with {which}.json nor a folder of such runs; "
             "train one (python jobs/train.py) or name another"
         )
-    newest = max(runs, key=lambda run: str(_read_pointer(run, "latest")["time"]))
-    return storage.join(newest, str(_read_pointer(newest, which)["checkpoint"]))
+    newest = max(written, key=lambda run: written[run])
+    # a commit that is the first writes best.json before latest.json
+    pointer = latest[newest] if which == "latest" else _read_pointer(newest, which)
+    if pointer is None:
+        raise CheckpointError(f"{newest}: a run without {which}.json; name {newest}/latest")
+    return storage.join(newest, str(pointer["checkpoint"]))
+
+
+def load(uri: str, which: Which = "best") -> Loaded:
+    """The checkpoint or ensemble that `uri` means (see `find`), ready to caption."""
+    return read(lambda: find(uri, which), checkpoint.load)
+
+
+def read(find: Callable[[], str], load: Callable[[str], T]) -> T:
+    """What `load` makes of the checkpoint that `find` finds.
+
+    A run that goes on may remove it in between, as it no longer is what is meant: as long as `find`
+    then finds another, that is loaded. Raises the CheckpointError of `load` if the answer stays
+    the same, and if it has changed too often.
+    """
+    uri = find()
+    for remaining in reversed(range(CHANGES)):
+        try:
+            return load(uri)
+        except CheckpointError:
+            changed = _another(find, uri)
+            if changed is None or not remaining:
+                raise
+            uri = changed
+    raise AssertionError("unreachable")
+
+
+def _another(find: Callable[[], str], uri: str) -> str | None:
+    """What `find` finds instead of `uri`: a pointer follows what it names within moments."""
+    for _ in range(LOOKS):
+        found = find()
+        if found != uri:
+            return found
+        time.sleep(LOOK_SECONDS)
+    return None
 
 
 def has_begun(run: str) -> bool:
@@ -234,15 +337,19 @@ def has_begun(run: str) -> bool:
 
 def latest_step(run: str) -> int:
     """Steps that the run's latest checkpoint holds; 0 if there is none."""
-    return int(_read_pointer(run, "latest")["step"]) if has_begun(run) else 0
+    latest = _read_pointer(run, "latest")
+    return 0 if latest is None else int(latest["step"])
 
 
-def _read_pointer(run: str, which: str) -> dict[str, Any]:
+def _read_pointer(run: str, which: Which) -> dict[str, Any] | None:
+    """None if there is none."""
     uri = storage.join(run, f"{which}.json")
     try:
         pointer: dict[str, Any] = json.loads(storage.read_bytes(uri))
         needed = {name: pointer[name] for name in ("checkpoint", "time")}
         return {"metrics": {}, **needed, **pointer}
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{uri}: not a pointer to a checkpoint ({error!r})") from None
 
@@ -303,10 +410,26 @@ def forget_failure(run: str) -> None:
     storage.delete(storage.join(run, FAILURE))
 
 
-def write_validation(uri: str, found: dict[str, Any]) -> None:
-    """Keep what the validation of the checkpoint at `uri` found, or the `error` that ended it."""
-    name = f"{storage.name(uri)}.json"
-    _write_json(storage.join(storage.parent(uri), VALIDATION, name), found)
+def write_validation(uri: str, found: dict[str, Any]) -> bool:
+    """Keep what the validation of the checkpoint at `uri` found, or the `error` that ended it. One
+    that no longer waits is none of the run's validations any more: nothing is kept, and False."""
+    waits = storage.exists(storage.join(uri, TO_VALIDATE))
+    if waits:
+        _write_json(_validation_file(uri), found)
+    return waits
+
+
+def _validation_file(uri: str) -> str:
+    return storage.join(storage.parent(uri), VALIDATION, f"{storage.name(uri)}.json")
+
+
+def _read_validation(uri: str) -> dict[str, Any]:
+    """Empty if the checkpoint at `uri` was not validated."""
+    try:
+        found: dict[str, Any] = json.loads(storage.read_bytes(_validation_file(uri)))
+    except FileNotFoundError:
+        return {}
+    return found
 
 
 def read_validations(run: str, known: Collection[str] = ()) -> dict[str, dict[str, Any]]:

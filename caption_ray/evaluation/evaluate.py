@@ -18,7 +18,7 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from caption_ray import cluster, storage
-from caption_ray.captioning import checkpoint
+from caption_ray.captioning.checkpoint import Loaded
 from caption_ray.captioning.predictor import Predictor
 from caption_ray.config import SearchConfig
 from caption_ray.data.dataset import DataSet, Unit
@@ -84,17 +84,15 @@ _RESULT = pa.schema(
 
 
 def caption_files(
-    uri: str,
+    loaded: Loaded,
     images: str,
     out: str,
     *,
     search: SearchConfig | None = None,
     progress: bool = True,
 ) -> int:
-    """Caption every picture that `images` means (see `find_images`): one picture, a folder, a glob
-    or a bucket prefix.
-
-    `uri`: of a checkpoint or an ensemble (see `run_folder.find`).
+    """Caption every picture that `images` means (see `find_images`: one picture, a folder, a glob or
+    a bucket prefix) with a checkpoint or an ensemble that was loaded (`run_folder.load`).
 
     Writes JSON lines to `out`, sorted by file: `file`, `caption` and `log_prob`, or `file` and
     `error` for a picture that cannot be read. `search` is how (default: as the checkpoint says).
@@ -104,7 +102,9 @@ def caption_files(
     dataset = ray.data.from_items(
         [{"uri": file} for file in files], override_num_blocks=_num_blocks(len(files))
     ).map_batches(_read_files, batch_size=BATCH_SIZE, batch_format="pyarrow", zero_copy_batch=True)
-    rows = sorted(_caption(dataset, uri, len(files), progress, search), key=lambda row: row["file"])
+    rows = sorted(
+        _caption(dataset, loaded, len(files), progress, search), key=lambda row: row["file"]
+    )
     lines = []
     for row in rows:
         kept = ("file", "error") if row["error"] else ("file", "caption", "log_prob")
@@ -114,7 +114,7 @@ def caption_files(
 
 
 def caption_split(
-    uri: str,
+    loaded: Loaded,
     dataset: DataSet,
     split: str,
     *,
@@ -123,7 +123,8 @@ def caption_split(
     limit: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Caption every picture of a split exactly once (or only the first `limit`, as stored).
+    """Caption every picture of a split exactly once (or only the first `limit`, as stored) with a
+    checkpoint or an ensemble that was loaded (`run_folder.load`).
 
     `search` is how (default: as the checkpoint says). Returns one record a picture, sorted by
     `image_id`: also `file`, `caption`, `log_prob`, `error` (None if all is well), `references`
@@ -142,7 +143,7 @@ def caption_split(
         batch_format="pyarrow",
     )
     records = []
-    for row in _caption(read, uri, pictures, progress, search, attention):
+    for row in _caption(read, loaded, pictures, progress, search, attention):
         details = json.loads(row.pop("details"))
         grid = row.pop("grid")
         if grid is not None:
@@ -207,7 +208,7 @@ def _read_units(table: pa.Table, units: ray.ObjectRef) -> Iterator[pa.Table]:
 
 def _caption(
     encoded: Dataset,
-    uri: str,
+    loaded: Loaded,
     total: int,
     progress: bool,
     search: SearchConfig | None = None,
@@ -218,7 +219,7 @@ def _caption(
     actors = gpus or max(1, int(cluster.num_cpus()) - 1)
     captioned = encoded.map_batches(
         _Captions,
-        fn_constructor_args=[ray.put(checkpoint.load(uri)), search, attention],
+        fn_constructor_args=[ray.put(loaded), search, attention],
         batch_size=BATCH_SIZE,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=actors),

@@ -18,6 +18,7 @@ from typing import Any
 
 from caption_ray import storage
 from caption_ray.captioning import checkpoint, metrics, run_folder, tracking
+from caption_ray.captioning.checkpoint import Loaded
 from caption_ray.config import SearchConfig
 from caption_ray.data import unspaced
 from caption_ray.data.dataset import DataSet
@@ -54,7 +55,7 @@ class Scorecard:
 
 
 def make(
-    uri: str,
+    loaded: Loaded,
     dataset: DataSet,
     split: str,
     out: str | None = None,
@@ -65,8 +66,8 @@ def make(
     limit: int | None = None,
     progress: bool = True,
 ) -> Scorecard:
-    """Caption a split with the checkpoint or ensemble at `uri` and score it; the files go below
-    `out` (default: below the run).
+    """Caption a split with a checkpoint or ensemble that was loaded and score it; the files go
+    below `out` (default: below the run).
 
     `search` is how captions are searched for (default: as the checkpoint says). Pictures that
     cannot be read are not scored, which the scorecard says: a captioner cannot help it. Raises
@@ -74,7 +75,7 @@ def make(
     """
     start = time.monotonic()
     records = evaluate.caption_split(
-        uri, dataset, split, search=search, attention=True, limit=limit, progress=progress
+        loaded, dataset, split, search=search, attention=True, limit=limit, progress=progress
     )
     seconds = time.monotonic() - start
     unread = [
@@ -101,9 +102,9 @@ def make(
         scores.skipped,
         unread,
         tables,
-        storage.resolve(out or run_folder.evaluation_folder(uri, split)),
+        storage.resolve(out or run_folder.evaluation_folder(loaded.uri, split)),
     )
-    _write(card, records, uri, split, name)
+    _write(card, records, loaded.uri, split, name)
     return card
 
 
@@ -172,17 +173,16 @@ def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str,
         storage.write_bytes(storage.join(card.out, file), text.encode())
 
 
-def log(card: Scorecard, uri: str, split: str) -> str | None:
+def log(card: Scorecard, loaded: Loaded, split: str) -> str | None:
     """Add figures, captions and heat maps to the page of the run that the checkpoint belongs to;
     its id, None if the run was not followed. An ensemble belongs to no run."""
-    run = storage.parent(uri)
-    if len(checkpoint.members(uri)) > 1:
+    run, state = storage.parent(loaded.uri), loaded.state
+    if loaded.members:
         return None
     try:
         config = run_folder.read_config(run)
     except FileNotFoundError:
         return None
-    state = checkpoint.read_state(uri)
     if state.tracker_id is None and config.run.tracker != "tensorboard":
         return None
     files = Path(run) if storage.is_local(run) else Path(tempfile.mkdtemp())

@@ -17,6 +17,7 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
 from caption_ray import cluster
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import CheckpointError
 from caption_ray.captioning.predictor import Predictor
 from caption_ray.config import (
@@ -148,7 +149,7 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
         checkpoint=args.checkpoint, storage=args.storage, follow_interval_s=args.follow_interval_s
     )
     try:
-        predictor = Predictor.from_uri(serving.find(), torch.device("cpu"))
+        predictor = Predictor(run_folder.read(serving.find, checkpoint.load), torch.device("cpu"))
         predictor.warm_up()
     except (ValueError, OSError) as error:
         raise StartError(f"checkpoint {args.checkpoint!r} cannot be served: {error}") from error

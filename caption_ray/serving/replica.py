@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from ray.serve import metrics
 
-from caption_ray.captioning import run_folder
+from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import CheckpointError
 from caption_ray.captioning.predictor import Caption, Images, Predictor
 from caption_ray.config import RULES, EncoderConfig, Positive, SearchConfig, Uri, from_dict
@@ -263,7 +263,7 @@ class CaptionerReplica:
         if self.predictor is None:
             assert self.refused is not None
             try:
-                await self._load(self.fallback)
+                await self._load(lambda: run_folder.find(self.fallback))
             except (ValueError, OSError) as error:
                 raise CheckpointError(
                     f"{self.refused['checkpoint']} cannot be served: {self.refused['error']}; "
@@ -287,21 +287,23 @@ class CaptionerReplica:
             if self.refused is not None and self.refused["checkpoint"] == uri and not again:
                 return
             if self.predictor is None or self.predictor.uri != uri:
-                await self._load(uri)
+                await self._load(serving.find)
             self.refused = None
         except Exception as error:  # no error may stop serving, or the checks for newer ones
             self._refuse(uri, str(error) or repr(error))
 
-    async def _load(self, uri: str) -> None:
-        def load() -> Predictor:
-            predictor = Predictor.from_uri(uri, self.device, cuda_graphs=self.cuda_graphs)
+    async def _load(self, find: Callable[[], str]) -> None:
+        def load(uri: str) -> Predictor:
+            loaded = checkpoint.load(uri)
+            predictor = Predictor(loaded, self.device, cuda_graphs=self.cuda_graphs)
             predictor.warm_up(self.max_batch_size)
             return predictor
 
-        predictor = await asyncio.get_running_loop().run_in_executor(self.loader, load)
-        self.predictor = predictor
+        self.predictor = await asyncio.get_running_loop().run_in_executor(
+            self.loader, run_folder.read, find, load
+        )
         self.changes.inc(tags={"result": "served"})
-        logger.info(f"Captioning with {uri} on {self.device}")
+        logger.info(f"Captioning with {self.predictor.uri} on {self.device}")
 
     def _refuse(self, uri: str, error: str) -> None:
         if self.refused is None or self.refused["error"] != error:  # report each error once

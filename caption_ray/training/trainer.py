@@ -148,7 +148,6 @@ def _fit(trainer: TorchTrainer, run: str, shown: console.Console) -> bool:
     # of them was pruned or Ray is newer; `latest.json` is the only truth about a run
     storage.delete(storage.join(run, "checkpoint_manager_snapshot.json"))
     run_folder.release_all(run)
-    storage.delete_partial(run)
     before = run_folder.latest_step(run)
     complete, failed = False, None
     try:

@@ -1,12 +1,13 @@
 """Validation while training goes on: Ray Train runs `validate` on each epoch's checkpoint.
 
 It captions the validation split, compares with what people wrote, and lets best.json name the
-checkpoint if none had a better CIDEr-D. What it found lies in the run's folder, `validation/`, from
-where the workers take it for history, tracker and early stopping.
+checkpoint if none had a better CIDEr-D (see `run_folder.rank`). What it found lies in the run's
+folder, `validation/`, from where the workers take it for history, tracker and early stopping.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,12 @@ BATCH_SIZE = 64
 DECODE_THREADS = 4
 METRICS = ("BLEU-4", "ROUGE-L", "CIDEr-D")
 """What is computed in training; jobs/evaluate.py has all of them."""
+DECIDES = {
+    run_folder.CRITERION: f"{run_folder.CRITERION} decides which checkpoint is the best",
+    run_folder.LOSS: f"{run_folder.CRITERION} is the same in all validations so far: as long as it "
+    f"is, {run_folder.LOSS} decides which checkpoint is the best",
+}
+"""What the console is told when it becomes so; at first, the first does."""
 
 
 def validate(
@@ -49,7 +56,6 @@ def validate(
         raise
     finally:
         run_folder.release(uri)
-    run_folder.write_validation(uri, found)
     return found
 
 
@@ -89,6 +95,23 @@ def _batches(dataset: DataSet, limit: int | None) -> Iterator[list[dict[str, Any
 
 
 def stale(history: list[dict[str, float]]) -> int:
-    """Validations since the one with the best CIDEr-D."""
-    scores = [point[run_folder.CRITERION] for point in history if run_folder.CRITERION in point]
-    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+    """Validations since the best, by the rank that decides about checkpoints, too."""
+    losses = {
+        point["step"]: point[run_folder.LOSS] for point in history if run_folder.LOSS in point
+    }
+    ranks = [
+        run_folder.rank({run_folder.LOSS: losses.get(point.get("val/step"), math.inf), **point})
+        for point in _validations(history)
+    ]
+    return len(ranks) - 1 - ranks.index(max(ranks)) if ranks else 0
+
+
+def criterion(history: list[dict[str, float]]) -> str:
+    """The metric that decides so far, a key of DECIDES."""
+    scores = [point[run_folder.CRITERION] for point in _validations(history)]
+    tells = len(scores) < 2 or len(set(scores)) > 1
+    return run_folder.CRITERION if tells else run_folder.LOSS
+
+
+def _validations(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [point for point in history if run_folder.CRITERION in point]

@@ -21,7 +21,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from caption_ray import cluster, storage
 from caption_ray.captioning import checkpoint, run_folder
-from caption_ray.captioning.checkpoint import State
+from caption_ray.captioning.checkpoint import CheckpointError, Resumed, State
 from caption_ray.config import Config
 from caption_ray.data.dataset import DataSet
 from caption_ray.data.pipeline import TooManyBadImages
@@ -193,13 +193,10 @@ class _Worker:
     def resume(self) -> None:
         """Go on from the run's latest checkpoint if there is one."""
         tracker_id = None
-        begun = self.is_chief and run_folder.has_begun(self.assignment.run)
-        # all from the one that the chief finds: an upload from a host that was cut off may still
-        # move the pointer
-        found = loop.gathered([run_folder.find(self.assignment.run, "latest")] if begun else [])
-        uri = found[0] if found else None
-        if uri is not None:
-            resumed = checkpoint.load_for_resume(uri, self.captioner, self.device)
+        uri = self._find_latest()
+        if uri:
+            # an upload from a host that was cut off may still move the pointer, and prune
+            uri, resumed = run_folder.read(self._find_latest, self._load_for_resume)
             state, extra, self.feed.ledger = resumed
             self.optimizer.load_state_dict(extra["optimizer"])
             if self.average is not None:
@@ -215,9 +212,27 @@ class _Worker:
         if self.is_chief:
             self.journal.open(self.total_steps, tracker_id)
             self.validated = set(run_folder.read_validations(self.assignment.run))
-        if uri is not None:
+        if uri:
             place = f"epoch {self.epoch + 1}, step {self.total_steps}"
             self.journal.say(f"Resumed from {uri} ({place}) with {self.world_size} worker(s)")
+
+    def _find_latest(self) -> str:
+        """The checkpoint to go on from, the same for all ranks, empty if there is none."""
+        run = self.assignment.run
+        begun = self.is_chief and run_folder.has_begun(run)
+        return "".join(loop.gathered([run_folder.find(run, "latest")] if begun else []))
+
+    def _load_for_resume(self, uri: str) -> tuple[str, Resumed]:
+        """The checkpoint at `uri`; CheckpointError on all ranks if one of them cannot load it."""
+        resumed, failed = None, ""
+        try:
+            resumed = checkpoint.load_for_resume(uri, self.captioner, self.device)
+        except CheckpointError as error:
+            failed = str(error)
+        errors = loop.gathered([failed] if failed else [])
+        if resumed is None or errors:
+            raise CheckpointError(errors[0])
+        return uri, resumed
 
     def begin_epoch(self) -> None:
         """Start an epoch, or what is left of it."""
@@ -237,7 +252,8 @@ class _Worker:
         stale = patience is not None and validation.stale(self.journal.history) >= patience
         if loop.summed(float(stale and self.is_chief), self.device) == 0:
             return False
-        self.journal.say(f"No better {run_folder.CRITERION} in {patience} validations: stopping")
+        criterion = validation.criterion(self.journal.history)
+        self.journal.say(f"No better {criterion} in {patience} validations: stopping")
         return True
 
     # Steps ------------------------------------------------------------------------------------
@@ -326,12 +342,17 @@ class _Worker:
             if "error" in found:
                 self.journal.say(f"Validation of {name} failed: {found['error']}")
                 continue
-            # in the order of steps, like all that is recorded: it belongs to an earlier one
-            self.journal.record({**found, "val/step": float(step)}, self.total_steps)
+            # in the order of steps, like all that is recorded: it belongs to an earlier one, where
+            # the loss stands already
+            scores = {metric: found[metric] for metric in found if metric not in self.metrics}
+            decided = validation.criterion(self.journal.history)
+            self.journal.record({**scores, "val/step": float(step)}, self.total_steps)
             self.journal.say(
                 f"Step {step} {run_folder.CRITERION} {found[run_folder.CRITERION]:.4f} "
                 f"({found['val/seconds']:.0f} s)"
             )
+            if (decides := validation.criterion(self.journal.history)) != decided:
+                self.journal.say(validation.DECIDES[decides])
 
     # Checkpoints ------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import time
 
 import numpy as np
 import pytest
@@ -88,29 +87,6 @@ def test_resuming_brings_back_state_optimizer_and_ledger(tmp_path):
         assert torch.equal(other.state_dict()[name], weight)
 
 
-def test_pointers_name_the_newest_and_the_best(tmp_path):
-    run = tmp_path / "runs" / "a"
-    for step in (1, 2, 3):
-        _commit(tmp_path, run, step, is_best=step == 2)
-    assert run_folder.find(str(run), "latest").endswith("checkpoint-00000003")
-    assert run_folder.find(str(run)).endswith("checkpoint-00000002")
-    time.sleep(0.01)
-    _commit(tmp_path, tmp_path / "runs" / "b", 1)
-    assert run_folder.find(str(tmp_path / "runs")).endswith("b/checkpoint-00000001")
-    uri = run_folder.find(str(run))
-    assert run_folder.find(uri) == uri
-    assert run_folder.find(f"{run}/latest").endswith("checkpoint-00000003")
-    assert run_folder.find(f"{run}/best", "latest") == uri
-    assert run_folder.find(f"{tmp_path}/runs/latest").endswith("b/checkpoint-00000001")
-
-
-def test_the_newest_and_the_best_are_kept_and_the_rest_removed(tmp_path):
-    run = tmp_path / "run"
-    for step in range(1, 7):
-        _commit(tmp_path, run, step, keep=2, is_best=step == 2)
-    assert storage.list_folders(str(run)) == [run_folder.folder_name(n) for n in (2, 5, 6)]
-
-
 def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
     run = tmp_path / "run"
     _, good = _commit(tmp_path, run, 1)
@@ -152,41 +128,6 @@ def test_weights_of_another_model_are_refused(tmp_path):
         CheckpointError, match=r"cannot be rebuilt: weights of another model: \S+ is \(.*\), not"
     ):
         checkpoint.load(uri)
-
-
-def test_nothing_to_find_says_how_to_get_one(tmp_path):
-    with pytest.raises(CheckpointError, match=r"neither a checkpoint .*python jobs/train\.py"):
-        run_folder.find(str(tmp_path))
-
-
-def _best(run):
-    return json.loads((run / "best.json").read_text())
-
-
-def test_the_best_is_the_one_of_highest_cider_d(tmp_path):
-    run = tmp_path / "run"
-    uris = {step: _commit(tmp_path, run, step, keep=9)[1] for step in (1, 2, 3)}
-    assert _best(run)["checkpoint"] == run_folder.folder_name(1), "until one is validated"
-    crowned = [
-        run_folder.crown(uris[step], {run_folder.CRITERION: score})
-        for step, score in ((1, 0.2), (2, 0.5), (3, 0.5))
-    ]
-    assert crowned == [True, True, False]
-    assert _best(run)["checkpoint"] == run_folder.folder_name(2)
-    assert _best(run)["metrics"] == {"val/loss": 1.5, run_folder.CRITERION: 0.5}
-
-
-def test_a_checkpoint_is_not_pruned_before_its_validation(tmp_path):
-    run = tmp_path / "run"
-    _commit(tmp_path, run, 1)
-    for step in (2, 3, 4, 5):
-        _commit(tmp_path, run, step, keep=1, to_validate=step == 3)
-    kept = [run_folder.step_of(name) for name in storage.list_folders(str(run))]
-    assert kept == [1, 3, 5], "the best, the one to validate, the newest"
-    run_folder.release_all(str(run))
-    _commit(tmp_path, run, 6, keep=1)
-    kept = [run_folder.step_of(name) for name in storage.list_folders(str(run))]
-    assert kept == [1, 6]
 
 
 def test_captioners_that_cannot_share_weights_are_told_apart():
@@ -264,67 +205,3 @@ def test_members_may_differ_in_their_decoders(tmp_path):
     small = {"name": "transformer", "num_heads": 2, "num_layers": 1, "feedforward_dim": 8}
     _, two = _commit(tmp_path, tmp_path / "two", 2, model=_config(**small))
     assert len(checkpoint.load(f"{one},{two}").members) == 2
-
-
-def test_a_second_checkpoint_of_a_step_never_touches_the_one_that_is_named(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    _, first = _commit(tmp_path, run, 1)
-    _cut_off_at(checkpoint.STATE, monkeypatch)
-    with pytest.raises(storage.StorageError):
-        _commit(tmp_path, run, 1)
-    monkeypatch.undo()
-    assert checkpoint.load(run_folder.find(str(run), "latest")).uri == first
-    _, second = _commit(tmp_path, run, 1, keep=1, is_best=True)
-    assert second != first and run_folder.find(str(run), "latest") == second
-    assert checkpoint.load(second).state.step == 1
-    assert storage.list_folders(str(run)) == [storage.name(second)]
-
-
-def test_the_pointers_stay_where_they_are_if_the_upload_is_not_whole(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    _, good = _commit(tmp_path, run, 1)
-    real = storage.write_bytes
-    monkeypatch.setattr(
-        storage,
-        "write_bytes",
-        lambda uri, data: real(uri, data[:-1] if uri.endswith(checkpoint.MODEL) else data),
-    )
-    with pytest.raises(storage.StorageError, match=r"model\.safetensors: \d+ bytes after"):
-        _commit(tmp_path, run, 2)
-    assert run_folder.find(str(run), "latest") == good
-
-
-def test_a_checkpoint_that_was_never_named_is_forgotten_once_the_run_goes_on(tmp_path, monkeypatch):
-    """A commit killed between the manifest and latest.json leaves it: whole, yet nobody's past."""
-    run = tmp_path / "run"
-    names = [run_folder.folder_name(step) for step in range(6)]
-    for step in (1, 2):
-        _commit(tmp_path, run, step, is_best=step == 1)
-    _cut_off_at("latest.json", monkeypatch)
-    for step in (3, 4):
-        with pytest.raises(storage.StorageError):
-            _commit(tmp_path, run, step, after=2, to_validate=True)
-    monkeypatch.undo()
-    assert run_folder.find(str(run), "latest").endswith(names[2])
-    assert storage.list_folders(str(run)) == names[1:5]
-    checkpoint.load(str(run / names[4]))
-    _, uri = _commit(tmp_path, run, 3, after=2)  # with more workers, in another order
-    assert storage.list_folders(str(run)) == names[1:4]
-    assert not storage.exists(storage.join(uri, run_folder.TO_VALIDATE)), "of the first of step 3"
-    _commit(tmp_path, run, 5, after=3)
-    assert storage.list_folders(str(run)) == [names[1], names[3], names[5]]
-
-
-def test_unfinished_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
-    run = tmp_path / "run"
-    for step in (1, 2):
-        _commit(tmp_path, run, step, is_best=True)
-    (run / run_folder.folder_name(7)).mkdir()
-    (run / run_folder.folder_name(7) / ".model.safetensors.x.part").write_bytes(b"half")
-    (run / ".latest.json.y.part").write_bytes(b"half")
-    _commit(tmp_path, run, 3)
-    assert storage.list_folders(str(run)) == [run_folder.folder_name(n) for n in (2, 3)]
-    assert sorted(path.name for path in run.iterdir() if path.is_file()) == [
-        "best.json",
-        "latest.json",
-    ]

@@ -18,17 +18,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def uri(tiny_run):
-    return run_folder.find(tiny_run, "best")
+def loaded(tiny_run):
+    return run_folder.load(tiny_run)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_split_is_captioned_exactly_once_as_the_predictor_does(uri, shards, scenes):
+def test_a_split_is_captioned_exactly_once_as_the_predictor_does(loaded, shards, scenes):
     dataset = open_shards(shards)
-    records = evaluate.caption_split(uri, dataset, "val", progress=False)
+    records = evaluate.caption_split(loaded, dataset, "val", progress=False)
     rows = {row["image_id"]: row for unit in dataset.splits["val"] for row in unit.read()}
     assert [record["image_id"] for record in records] == sorted(rows)
-    predictor = Predictor.from_uri(uri, torch.device("cpu"))
+    predictor = Predictor(loaded, torch.device("cpu"))
     for record in records:
         row = rows[record["image_id"]]
         assert record["file"] == row["file_name"] and record["error"] is None
@@ -39,20 +39,20 @@ def test_a_split_is_captioned_exactly_once_as_the_predictor_does(uri, shards, sc
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_limit_captions_the_first_ones_and_raw_pictures_work_too(uri, scenes):
+def test_a_limit_captions_the_first_ones_and_raw_pictures_work_too(loaded, scenes):
     records = evaluate.caption_split(
-        uri, open_source(str(scenes), seed=0), "train", limit=7, progress=False
+        loaded, open_source(str(scenes), seed=0), "train", limit=7, progress=False
     )
     assert len({record["image_id"] for record in records}) == 7
     assert all(record["caption"] is not None for record in records)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_files_get_a_line_each_and_unreadable_ones_their_error(uri, scenes, tmp_path):
+def test_files_get_a_line_each_and_unreadable_ones_their_error(loaded, scenes, tmp_path):
     pictures = shutil.copytree(scenes / "val", tmp_path / "pictures")
     (pictures / "broken.jpg").write_bytes(b"no picture")
     out = tmp_path / "out" / "captions.jsonl"
-    assert evaluate.caption_files(uri, str(pictures), str(out), progress=False) == 1
+    assert evaluate.caption_files(loaded, str(pictures), str(out), progress=False) == 1
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["file"] for line in lines] == sorted(str(path) for path in pictures.iterdir())
     for line in lines:

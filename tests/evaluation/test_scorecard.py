@@ -28,8 +28,8 @@ def card(
     tiny_run: str, shards: str, local_ray: None, tmp_path_factory: pytest.TempPathFactory
 ) -> scorecard.Scorecard:
     out = str(tmp_path_factory.mktemp("out"))
-    uri = run_folder.find(tiny_run)
-    return scorecard.make(uri, open_shards(shards), "val", out, java=False, progress=False)
+    loaded = run_folder.load(tiny_run)
+    return scorecard.make(loaded, open_shards(shards), "val", out, java=False, progress=False)
 
 
 def read(card: scorecard.Scorecard, file: str) -> str:
@@ -40,7 +40,7 @@ def test_every_picture_is_captioned_once_and_scored_as_by_hand(
     card: scorecard.Scorecard, tiny_run: str, shards: str
 ) -> None:
     records = evaluate.caption_split(
-        run_folder.find(tiny_run), open_shards(shards), "val", progress=False
+        run_folder.load(tiny_run), open_shards(shards), "val", progress=False
     )
     results = json.loads(read(card, "captions_val_caption_ray_results.json"))
     assert results == [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]
@@ -85,10 +85,10 @@ def test_a_word_cannot_become_markup(card: scorecard.Scorecard) -> None:
 def test_search_can_be_another_than_the_checkpoints(
     tiny_run: str, shards: str, local_ray: None, tmp_path: Path
 ) -> None:
-    uri = run_folder.find(tiny_run)
+    loaded = run_folder.load(tiny_run)
     short = dataclasses.replace(SearchConfig(), beam_size=1, max_length=2)
     found = scorecard.make(
-        uri, open_shards(shards), "val", str(tmp_path), search=short, java=False, progress=False
+        loaded, open_shards(shards), "val", str(tmp_path), search=short, java=False, progress=False
     )
     assert found.figures["words per caption"] <= 2
 
@@ -100,7 +100,7 @@ def test_the_report_shows_the_curves_of_the_run(
     history = [{"step": 1, "train/loss": 2.0}, {"step": 1, "val/loss": 1.0, "val/CIDEr-D": 0.5}]
     (run / "history.json").write_text(json.dumps(history))
     found = scorecard.make(
-        run_folder.find(str(run)), open_shards(shards), "val", java=False, limit=2, progress=False
+        run_folder.load(str(run)), open_shards(shards), "val", java=False, limit=2, progress=False
     )
     assert found.out == f"{run}/evaluation/val"
     page = read(found, "report.html")
@@ -112,17 +112,17 @@ def test_an_ensemble_has_a_scorecard_of_its_own(
     tiny_run: str, shards: str, local_ray: None, tmp_path: Path
 ) -> None:
     runs = [shutil.copytree(tiny_run, tmp_path / name) for name in ("one", "two")]
-    uri = run_folder.find(",".join(map(str, runs)))
-    found = scorecard.make(uri, open_shards(shards), "val", java=False, progress=False)
+    loaded = run_folder.load(",".join(map(str, runs)))
+    found = scorecard.make(loaded, open_shards(shards), "val", java=False, progress=False)
     assert found.out == f"{runs[0]}/evaluation/val+two"
-    assert json.loads(read(found, "metrics.json"))["checkpoint"] == uri
+    assert json.loads(read(found, "metrics.json"))["checkpoint"] == loaded.uri
     assert "one, checkpoint-00000001 + two, checkpoint-00000001, val" in read(found, "report.html")
     alone = evaluate.caption_split(
-        run_folder.find(tiny_run), open_shards(shards), "val", progress=False
+        run_folder.load(tiny_run), open_shards(shards), "val", progress=False
     )
     results = json.loads(read(found, "captions_val_caption_ray_results.json"))
     assert [one["caption"] for one in results] == [one["caption"] for one in alone]
-    assert scorecard.log(found, uri, "val") is None, "it belongs to no run"
+    assert scorecard.log(found, loaded, "val") is None, "it belongs to no run"
 
 
 def test_pictures_that_cannot_be_read_are_told_and_the_others_scored(
@@ -165,7 +165,7 @@ def test_figures_captions_and_heat_maps_go_to_the_page_of_the_run(
         manifest = Path(uri, "manifest.json")
         entry = {"bytes": state.stat().st_size, "digest": storage.digest(state.read_bytes())}
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "state.json": entry}))
-    page = scorecard.log(card, uri, "val")
+    page = scorecard.log(card, run_folder.load(uri), "val")
     if tracker == "none":
         assert page is None and not list(run.glob("**/*tfevents*")) + list(run.glob("wandb"))
     elif tracker == "wandb":

@@ -145,9 +145,9 @@ def test_an_evaluation_through_faults_gives_the_same_captions(road, undisturbed,
     # raw pictures, so that each takes a request
     dataset = run(open_source, storage.join(bucket, "source"), seed=0)
     uri = run_folder.find(undisturbed.run, "best")
-    expected = run(caption_split, uri, dataset, "val", progress=False)
+    expected = run(caption_split, run(run_folder.load, uri), dataset, "val", progress=False)
     with faults():
-        found = run(caption_split, uri, dataset, "val", progress=False)
+        found = run(caption_split, run(run_folder.load, uri), dataset, "val", progress=False)
     captions = [[(r["file"], r["caption"], r["error"]) for r in rows] for rows in (expected, found)]
     assert captions[0] == captions[1] and len(captions[0]) == 79
 

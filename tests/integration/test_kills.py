@@ -151,6 +151,7 @@ def _sweep(saved, runs, events, points, leftovers):
         _commit(saved, run, 1)()
         killed += kill(events, at, _commit(saved, run, 2))
         _assert_good(run, (1, 2))
+        run_folder.release_all(run)
         _commit(saved, run, 3)()
         _assert_good(run, (3,))
         assert leftovers(run) == expected, f"killed at {at} of {total}"

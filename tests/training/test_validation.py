@@ -33,10 +33,11 @@ def _validate(uri, shards, limit=None):
 
 def test_it_finds_what_the_evaluation_of_the_split_finds(saved, shards, local_ray):
     found = _validate(saved, shards)
-    search = checkpoint.load(saved).search
+    loaded = checkpoint.load(saved)
+    search = loaded.search
     greedy = search.__class__(beam_size=1, max_length=search.max_length)
     records = evaluate.caption_split(
-        saved, open_shards(shards), "val", search=greedy, progress=False
+        loaded, open_shards(shards), "val", search=greedy, progress=False
     )
     expected = metrics.score(
         [record["caption"] for record in records], [record["references"] for record in records]
