@@ -91,8 +91,8 @@ def caption_files(
     search: SearchConfig | None = None,
     progress: bool = True,
 ) -> int:
-    """Caption every picture that `images` means (see `find_images`: one picture, a folder, a glob or
-    a bucket prefix) with a checkpoint or an ensemble that was loaded (`run_folder.load`).
+    """Caption every picture that `images` means (see `find_images`: one picture, a folder, a glob
+    or a bucket prefix) with a checkpoint or an ensemble that was loaded (`run_folder.load`).
 
     Writes JSON lines to `out`, sorted by file: `file`, `caption` and `log_prob`, or `file` and
     `error` for a picture that cannot be read. `search` is how (default: as the checkpoint says).
