@@ -184,7 +184,7 @@ def test_bfloat16_autocast_comes_close_to_float32():
 
 def _works_in_bfloat16(_rank):
     images, tokens = _data(2)
-    example = loop.to_example(images, tokens, SIZE, CPU)
+    example = loop.to_device(images, tokens, SIZE, CPU)
     search = config.SearchConfig(beam_size=2, max_length=4)
     for name in DECODERS:
         model = _model(name)
