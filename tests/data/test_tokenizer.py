@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from caption_ray.captioning.metrics import score
 from caption_ray.data import tokenizer
 from caption_ray.data.tokenizer import tokenize
 from caption_ray.evaluation.metrics import score
