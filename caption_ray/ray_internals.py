@@ -7,7 +7,9 @@ once in the log. `cluster.py` and the serving ingress call these; nobody else re
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import os
 import time
 from typing import Any
 
@@ -68,6 +70,17 @@ def _unhurried_callback() -> type:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     return type("UnhurriedCallback", (UnhurriedExecution, ExecutionCallback), {})
+
+
+def submission_id() -> str | None:
+    """What `ray job stop` calls the job that this process drives; None if it was not submitted."""
+    try:
+        config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+        found: str | None = config.get("metadata", {}).get("job_submission_id")
+    except (ValueError, AttributeError) as error:
+        _say_lost("a run cannot say which job it is", repr(error))
+        return None
+    return found
 
 
 def pass_on_to_train(variable: str) -> None:

@@ -300,25 +300,16 @@ def differences(one: ModelConfig, other: ModelConfig) -> str:
     return ", ".join(found)
 
 
-def load_weights(uri: str, captioner: Captioner) -> None:
-    """Load the weights of the checkpoint at this URI; CheckpointError if they do not fit."""
-    _fit_weights(uri, captioner, _read(uri, [MODEL]))
-
-
-def _fit_weights(uri: str, captioner: Captioner, files: dict[str, bytes]) -> None:
-    try:
-        _load_weights(captioner, load_safetensors(files[MODEL]))
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{uri}: does not fit: {error}") from error
-
-
 Resumed: TypeAlias = tuple[State, dict[str, Any], NDArray[np.bool_]]
 
 
 def load_for_resume(uri: str, captioner: Captioner, device: torch.device) -> Resumed:
     """Load weights into `captioner`; returns state, what `save` got as `optimizer`, and ledger."""
     files = _read(uri, [MODEL, STATE, OPTIMIZER, LEDGER])
-    _fit_weights(uri, captioner, files)
+    try:
+        _load_weights(captioner, load_safetensors(files[MODEL]))
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{uri}: does not fit: {error}") from error
     extra = torch.load(io.BytesIO(files[OPTIMIZER]), map_location=device, weights_only=True)
     ledger = np.load(io.BytesIO(files[LEDGER]), allow_pickle=False)
     return _parse_state(uri, files), extra, ledger

@@ -14,16 +14,14 @@
 
 Training writes here (commit, crown, release); everybody else reads (find, load).
 
-Commits, a validation and readers work at the same time, and any of them may be killed between two
-operations. They share no lock. All that they rely on is that an object appears, is replaced and
-disappears at once, and that whoever looks afterwards sees it: this is so on a local disk (rename)
-and on S3 (put, delete and listings are consistent). The rules:
+Commits, a validation and readers work at the same time, without a lock, and any may be killed
+between two operations. They rely only on this: objects appear, are replaced and disappear at once,
+and who looks afterwards sees it. So it is on local disks (rename) and on S3 (put, delete, list).
 
-1. What decides is written once, by one writer, and never changed: a checkpoint is whole while it
-   has its manifest, waits while it has `to-validate`, and its score is its file in validation/. A
-   name that is whole is not written to again. The pointers only repeat what follows from these
-   files (`_settle`), so none is ever lost to two writers: whoever has written a pointer looks again
-   until what he finds agrees with it.
+1. What decides is written once, by one writer: a checkpoint is whole while it has its manifest,
+   waits while it has `to-validate`, and its score is its file in validation/; a name that is whole
+   is not written to again. The pointers repeat what follows from these (`_settle`), so that two
+   writers lose nothing: whoever has written one looks again, until it agrees with what he finds.
 2. A commit writes `to-validate`, the files, the manifest, then the pointers, the best first.
 3. A validation writes the score, then best.json, and only then removes `to-validate`; one whose
    checkpoint waits no longer (it is of a job that ended, see `release_all`) writes nothing.
@@ -32,16 +30,16 @@ and on S3 (put, delete and listings are consistent). The rules:
    name, the manifest first. What waits no longer was crowned before, which the later look sees. At
    last it settles once more: should a writer that was cut off have pointed to what was removed,
    the pointer goes to another whole checkpoint. That writer does the same after he has written.
-5. Readers take a pointer for what it is, an answer that may be out of date: they find and load, and
-   start again while the answer changes (`read`).
+5. Readers find and load, and start again while the answer changes (`read`).
 
-So a kill leaves the pointers on whole checkpoints, and `release_all` and the next commit complete
-what it interrupted: unfinished checkpoints, and whole ones beyond the one that the run went on
-from, which a commit leaves that was killed before latest.json named them.
+So a kill leaves the pointers on whole checkpoints. `release_all` and the next commit complete what
+it interrupted, and remove what it left: unfinished checkpoints, and whole ones beyond the one that
+the run went on from, of a commit that was killed before latest.json named its checkpoint.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -53,6 +51,7 @@ from typing import Any, Literal, TypeVar
 from caption_ray import storage
 from caption_ray.captioning import checkpoint
 from caption_ray.captioning.checkpoint import CheckpointError, Loaded, State
+from caption_ray.captioning.ownership import Claim
 from caption_ray.config import Config, from_dict, to_dict
 from caption_ray.data.vocabulary import Vocabulary
 
@@ -95,6 +94,7 @@ def commit(
     after: float = math.inf,
     is_best: bool = False,
     to_validate: bool = False,
+    claim: Claim | None = None,
 ) -> str:
     """Upload a saved checkpoint below the run's URI and let latest.json name it; best.json as well
     if there is no best yet, or if it `is_best` and no validation says otherwise. `after`: step of
@@ -103,9 +103,11 @@ def commit(
 
     The manifest goes last; the pointers follow once all is there that it names. Only then are
     checkpoints removed that lie beyond `after`, or are neither the best nor among the newest `keep`
-    nor yet to be validated. Killed at any point, it leaves the pointers on whole checkpoints, and
-    the next commit cleans up. Returns the checkpoint's URI.
+    nor yet to be validated. Returns the checkpoint's URI. Raises LostError if the `claim` on the
+    run is lost.
     """
+    if claim is not None:
+        claim.require()
     name = _free_name(_remove_unfinished(run), state.step)
     uri = storage.join(run, name)
     storage.delete(_validation_file(uri))  # of an earlier checkpoint of this name
@@ -116,6 +118,8 @@ def commit(
     ):
         storage.write_bytes(storage.join(uri, file.name), file.read_bytes())
     checkpoint.verify_upload(uri)
+    if claim is not None:  # the upload took its time
+        claim.require()
     is_best = is_best or _read_pointer(run, "best") is None
     # the best first: with `latest` on this checkpoint already, a run that is killed here would go
     # on from it and never call it the best
@@ -140,9 +144,8 @@ def release(uri: str) -> None:
 
 
 def release_all(run: str) -> None:
-    """At the start, when nobody else writes to the run and no validation goes on: what an earlier
-    job left waiting may be pruned. Also removes what it left half-written, and puts the pointers
-    right, should it have been killed before it could."""
+    """At the start, when nobody else writes: no validation of an earlier job goes on, and what it
+    left waiting may be pruned. Also removes half-written files, and puts the pointers right."""
     storage.delete_partial(run)
     for name in _checkpoints(run):
         release(storage.join(run, name))
@@ -165,23 +168,21 @@ def _settle(run: str, pointers: Sequence[Which] = POINTERS) -> dict[Which, str]:
     """Let the pointers name what they should, and return that; nothing before the first commit.
 
     The best is that of the highest rank among the whole checkpoints that were validated, the
-    earliest of equals. While none was, it is what best.json names; what latest.json names is only
-    replaced, by the newest, if it is not whole.
+    earliest of equals. Else pointers stay, but that the newest replaces what is not whole.
     """
     while True:
         # the pointers before the scores: a score is written before best.json names its checkpoint
-        named = {which: (_read_pointer(run, which) or {}).get("checkpoint") for which in pointers}
+        named = {which: _read_pointer(run, which) or {} for which in pointers}
         whole = [name for name, is_whole in _checkpoints(run).items() if is_whole]
-        right = {
-            which: name if name in whole else whole[-1]
-            for which, name in named.items()
-            if name is not None and whole
-        }
+        right = {which: str(p["checkpoint"]) for which, p in named.items() if p and whole}
+        right = {which: name if name in whole else whole[-1] for which, name in right.items()}
         scores = {name: _read_validation(storage.join(run, name)) for name in whole}
         validated = [name for name in whole if CRITERION in scores[name]]
         if validated and "best" in pointers:
             right["best"] = max(validated, key=lambda name: rank(scores[name]))
-        wrong = [which for which, name in right.items() if named[which] != name]
+        wrong = [which for which, name in right.items() if named[which].get("checkpoint") != name]
+        if validated and named.get("best") and CRITERION not in named["best"]["metrics"]:
+            wrong.append("best")  # named as the only one, before its validation
         if not wrong:
             return right
         for which in wrong:
@@ -217,8 +218,8 @@ def _checkpoints(run: str) -> dict[str, bool]:
 
 
 def _remove_unfinished(run: str) -> list[str]:
-    """Remove what commits left that were killed; names of the checkpoints that stay. Nobody else
-    writes checkpoints of this run: Ray Train uploads one after the other."""
+    """Remove what commits left that were killed; the checkpoints that stay. Nobody else writes any:
+    Ray Train uploads one after the other."""
     checkpoints = _checkpoints(run)
     for name, is_whole in checkpoints.items():
         storage.delete_partial(storage.join(run, name))
@@ -231,12 +232,10 @@ def _remove_unfinished(run: str) -> list[str]:
 
 def _free_name(taken: list[str], step: int) -> str:
     """The second checkpoint of a step (inside an epoch, and at its end) must not be written over
-    the first, which may be the only good one, and which somebody may be reading."""
-    name, number = folder_name(step), 1
-    while name in taken:
-        number += 1
-        name = f"{folder_name(step)}-{number}"
-    return name
+    the first, which may be the only good one."""
+    first = folder_name(step)
+    names = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _prune(run: str, newest: str, after: float, keep: int) -> None:
@@ -277,19 +276,17 @@ def _find_one(uri: str, which: Which) -> str:
     uri = storage.resolve(uri)
     if storage.exists(storage.join(uri, checkpoint.MANIFEST)):
         return uri
-    for pointer in POINTERS:
-        if storage.name(uri) == pointer:
-            which, uri = pointer, storage.parent(uri)
+    for name in POINTERS:
+        if storage.name(uri) == name:
+            which, uri = name, storage.parent(uri)
     folders = [uri, *(storage.join(uri, name) for name in storage.list_folders(uri))]
-    latest = {folder: _read_pointer(folder, "latest") for folder in folders}
-    written = {folder: str(pointer["time"]) for folder, pointer in latest.items() if pointer}
-    if not written:
+    latest = {run: pointer for run in folders if (pointer := _read_pointer(run, "latest"))}
+    if not latest:
         raise CheckpointError(
             f"{uri}: neither a checkpoint nor a run with {which}.json nor a folder of such runs; "
             "train one (python jobs/train.py) or name another"
         )
-    newest = max(written, key=lambda run: written[run])
-    # a commit that is the first writes best.json before latest.json
+    newest = max(latest, key=lambda run: str(latest[run]["time"]))
     pointer = latest[newest] if which == "latest" else _read_pointer(newest, which)
     if pointer is None:
         raise CheckpointError(f"{newest}: a run without {which}.json; name {newest}/latest")
@@ -313,21 +310,19 @@ def read(find: Callable[[], str], load: Callable[[str], T]) -> T:
         try:
             return load(uri)
         except CheckpointError:
-            changed = _another(find, uri)
-            if changed is None or not remaining:
+            before, uri = uri, _another(find, uri)
+            if uri == before or not remaining:
                 raise
-            uri = changed
     raise AssertionError("unreachable")
 
 
-def _another(find: Callable[[], str], uri: str) -> str | None:
-    """What `find` finds instead of `uri`: a pointer follows what it names within moments."""
+def _another(find: Callable[[], str], uri: str) -> str:
+    """What `find` finds instead of `uri`, if that changes within moments."""
     for _ in range(LOOKS):
-        found = find()
-        if found != uri:
+        if (found := find()) != uri:
             return found
         time.sleep(LOOK_SECONDS)
-    return None
+    return uri
 
 
 def has_begun(run: str) -> bool:

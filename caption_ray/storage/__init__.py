@@ -117,6 +117,13 @@ def check_writable(uri: str, *, folder: bool) -> None:
     _retried(where, lambda backend, where: backend.check_writable(where, folder))
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Create the object unless there is one of this name; whether it did, for one of several who
+    try at once. Not so where the server knows no conditional writes, nor if the answer was lost:
+    then whoever needs to be sure reads it back. On a disk, a reader may find it empty at first."""
+    return _retried(uri, lambda backend, where: backend.create(where, data))
+
+
 def size(uri: str) -> int:
     """Bytes of the object; FileNotFoundError if there is none."""
     return _retried(uri, lambda backend, where: backend.size(where))

@@ -6,7 +6,14 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from caption_ray.storage.common import PARTIAL, Buffer, DamagedError, StorageError, wrong_kind
+from caption_ray.storage.common import (
+    PARTIAL,
+    Buffer,
+    DamagedError,
+    StorageError,
+    create_after_a_look,
+    wrong_kind,
+)
 from caption_ray.storage.uris import join, parent
 
 
@@ -36,6 +43,9 @@ class Arrow:
             if file.read() != data:
                 raise DamagedError(f"{uri}: the server does not hold what was sent")
         filesystem.move(partial, path)
+
+    def create(self, uri: str, data: bytes) -> bool:
+        return create_after_a_look(self, uri, data)
 
     def size(self, uri: str) -> int:
         from pyarrow.fs import FileType

@@ -65,6 +65,9 @@ class Backend(Protocol):
     def write(self, uri: str, data: bytes) -> None:
         """Create or replace the object at once; DamagedError if something else arrived there."""
 
+    def create(self, uri: str, data: bytes) -> bool:
+        """Create the object unless there is one; whether it did."""
+
     def size(self, uri: str) -> int:
         """Bytes of the object."""
 
@@ -131,3 +134,13 @@ def read_into(readinto: Callable[[memoryview], int | None], length: int) -> memo
     while at < length and (count := readinto(buffer[at : at + READ_BYTES])):
         at += count
     return buffer[:at]
+
+
+def create_after_a_look(backend: Backend, uri: str, data: bytes) -> bool:
+    """`Backend.create` where storage offers nothing better: two who look at once both create it."""
+    try:
+        backend.size(uri)
+    except FileNotFoundError:
+        backend.write(uri, data)
+        return True
+    return False

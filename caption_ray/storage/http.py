@@ -56,6 +56,10 @@ class Http:
     def write(self, uri: str, data: bytes) -> None:
         raise ValueError(f"{uri}: cannot write to a web server; give a local path or a bucket")
 
+    def create(self, uri: str, data: bytes) -> bool:
+        self.write(uri, data)
+        return True
+
     def size(self, uri: str) -> int:
         response = self.request("HEAD", uri, {})
         response.release_conn()

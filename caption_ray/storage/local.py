@@ -69,6 +69,15 @@ class Local:
             Path(partial).unlink(missing_ok=True)
             raise
 
+    def create(self, uri: str, data: bytes) -> bool:
+        Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(uri, "xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+
     def size(self, uri: str) -> int:
         path = Path(uri)
         if not path.is_file():

@@ -13,6 +13,7 @@ from caption_ray.storage.common import (
     CONNECT_TIMEOUT,
     Buffer,
     DamagedError,
+    create_after_a_look,
     read_into,
     read_timeout,
     time_limit,
@@ -106,6 +107,20 @@ class S3:
             return
         if self.read(uri, None) != data:  # an ETag that is no MD5 is no reason to complain
             raise DamagedError(f"{uri}: the server does not hold what was sent")
+
+    def create(self, uri: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        bucket, key = split_bucket(uri)
+        try:
+            self.client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if http_status(error) == 501:  # a server that knows no conditions
+                return create_after_a_look(self, uri, data)
+            if http_status(error) not in (409, 412):  # others were at it, or had been
+                raise
+            return False
+        return True
 
     def size(self, uri: str) -> int:
         bucket, key = split_bucket(uri)

@@ -119,14 +119,18 @@ def _show(mailbox: Any, done: threading.Event) -> None:
 # Signals --------------------------------------------------------------------------------------
 
 
-def call_until_told_to_stop(function: Callable[[], T], tell: Callable[[], None]) -> T:
-    """What the function returns; on the first SIGINT or SIGTERM `tell` is called, once, and the
-    function has as long as it needs to end. A second signal has its usual effect.
+def call_until_told_to_stop(
+    function: Callable[[], T], tell: Callable[[], None], lost: threading.Event | None = None
+) -> T:
+    """What the function returns; on the first SIGINT or SIGTERM, or once it is `lost`, `tell` is
+    called, once, and the function has as long as it needs to end. A second signal has its usual
+    effect.
 
     The function runs on another thread: on the main one Ray Train would make SIGINT its own.
     """
     results: list[T] = []
     errors: list[BaseException] = []
+    is_told = False
 
     def run() -> None:
         try:
@@ -139,8 +143,8 @@ def call_until_told_to_stop(function: Callable[[], T], tell: Callable[[], None])
         thread.start()
         while thread.is_alive():
             thread.join(WAIT_SECONDS)
-            if told.is_set():
-                told.clear()
+            if not is_told and (told.is_set() or (lost is not None and lost.is_set())):
+                is_told = True
                 tell()
     if errors:
         raise errors[0]

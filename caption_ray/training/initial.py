@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from caption_ray import storage
-from caption_ray.captioning import checkpoint
+from caption_ray.captioning.checkpoint import Loaded
 from caption_ray.config import Config, EncoderConfig, ModelConfig
 from caption_ray.data.vocabulary import SPECIAL
 from caption_ray.model.captioner import Captioner, build_captioner
@@ -41,13 +41,12 @@ def _check_buildable(config: ModelConfig) -> None:
         build_captioner(config, len(SPECIAL), None, pretrained=False)
 
 
-def initial_captioner(config: Config, vocab_size: int) -> Captioner:
-    """With the encoder's configured weights and a random decoder, or all that `train.start_from`
-    holds. Raises ValueError as `build_captioner` and `checkpoint.load_weights` do."""
-    start = config.train.start_from
+def initial_captioner(config: Config, vocab_size: int, start: Loaded | None = None) -> Captioner:
+    """With the encoder's configured weights and a random decoder, or all that a checkpoint holds to
+    `start` from. Raises ValueError as `build_captioner` does."""
     if start is not None:
         captioner = build_captioner(config.model, vocab_size, None, pretrained=False)
-        checkpoint.load_weights(start, captioner)
+        captioner.load_state_dict(start.captioner.state_dict())
         return captioner
     with _local_weights(config.model.encoder) as file:
         return build_captioner(config.model, vocab_size, file, pretrained=True)

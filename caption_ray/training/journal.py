@@ -12,6 +12,7 @@ from torch import Tensor
 
 from caption_ray import storage
 from caption_ray.captioning import run_folder, tracking
+from caption_ray.captioning.ownership import Claim
 from caption_ray.config import Config
 from caption_ray.training import loop
 
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 class Journal:
     """Sums what steps report, and writes it down now and then: on rank 0, the others only sum."""
 
-    def __init__(self, config: Config, run: str, console: Console, device: torch.device) -> None:
-        self.config, self.run, self.console, self.device = config, run, console, device
+    def __init__(
+        self, config: Config, claim: Claim, console: Console, device: torch.device
+    ) -> None:
+        self.config, self.console, self.device = config, console, device
+        self.claim, self.run = claim, claim.run
         self.self_critical = config.train.stage == "self-critical"
         self.tracker: tracking.Tracker | None = None
         self.history: list[dict[str, float]] = []
@@ -152,9 +156,12 @@ class Journal:
                 self.tracker.log_table("bad_images", table, step)
 
     def close(self) -> None:
-        """Close the tracker, and put its files and the history beside the checkpoints."""
-        if self.tracker is not None:
-            self.tracker.finish()
+        """Close the tracker, and put its files and the history beside the checkpoints, unless they
+        are another's by now."""
+        if self.tracker is None:
+            return
+        self.tracker.finish()
+        if not self.claim.is_lost():
             run_folder.write_history(self.run, self.history)
             if not storage.is_local(self.run):
                 storage.upload(self._folder, self.run)

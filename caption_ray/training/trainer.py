@@ -7,6 +7,7 @@ these do is in worker.py.
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -22,8 +23,10 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from caption_ray import cluster, storage
-from caption_ray.captioning import checkpoint, run_folder
+from caption_ray import cluster, ray_internals, storage
+from caption_ray.captioning import checkpoint, ownership, run_folder
+from caption_ray.captioning.checkpoint import Loaded
+from caption_ray.captioning.ownership import Claim, LostError
 from caption_ray.config import Config, require, to_dict
 from caption_ray.data.dataset import DataSet, open_shards, open_source
 from caption_ray.data.ingest import ensure_shapes
@@ -75,7 +78,7 @@ def train(config: Config) -> Finished:
     or SIGTERM, and Ray's TrainingFailedError when workers die more often than allowed.
     """
     check(config)
-    config = _settle(config)
+    take_over, config = config.run.take_over, _settle(config)
     gpus = cluster.num_gpus() if config.train.use_gpu is not False else 0
     if config.train.use_gpu:
         gpus = max(gpus, config.train.num_workers)
@@ -85,25 +88,49 @@ def train(config: Config) -> Finished:
         config.data.decode,
         "training has no GPU: give auto, near or far",
     )
-    reads_features = feature_cache.is_wanted(config)
     assert config.run.name is not None
     run = storage.join(config.run.storage, config.run.name)
-    ray_storage = storage.arrow_uri(config.run.storage)  # refused before anything is written
+    storage.arrow_uri(config.run.storage)  # refused before anything is written
     dataset = open_data(config)
-    vocabulary = _vocabulary(config, dataset)
-    resumed = _settle_run(config, run, dataset, vocabulary)
-    print(json.dumps(to_dict(config), indent=1))
-    print(
-        f"Run {run}: {'resumed' if resumed else 'new'}; {sum(dataset.rows('train'))} training and "
-        f"{sum(dataset.rows('val'))} validation pictures, {len(vocabulary)} words, "
-        f"{config.train.num_workers} worker(s) on {'GPU' if gpus else 'CPU'}",
-        flush=True,
-    )
+    start = _start(config)
+    if start is None:
+        counts, data = dataset.word_counts, config.data
+        vocabulary = Vocabulary.from_counts(counts, data.min_word_count, data.max_words)
+    else:
+        vocabulary = start.vocabulary
+        config = replace(config, train=replace(config.train, start_from=start.uri))
+    job = ray_internals.submission_id()
+    with ownership.held(run, job=job, take_over=take_over, say=_say) as (claim, lost):
+        resumed = _settle_run(config, run, dataset, vocabulary)
+        print(json.dumps(to_dict(config), indent=1))
+        _say(
+            f"Run {run}: {'resumed' if resumed else 'new'}; {sum(dataset.rows('train'))} training "
+            f"and {sum(dataset.rows('val'))} validation pictures, {len(vocabulary)} words, "
+            f"{config.train.num_workers} worker(s) on {'GPU' if gpus else 'CPU'}"
+        )
+        _train(config, claim, lost, dataset, vocabulary, start, gpus)
+        return Finished(run, run_folder.find(run), run_folder.read_history(run), dataset.uri)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _train(
+    config: Config,
+    claim: Claim,
+    lost: threading.Event,
+    dataset: DataSet,
+    vocabulary: Vocabulary,
+    start: Loaded | None,
+    gpus: int,
+) -> None:
+    """Have Ray's workers train, to the end of the run."""
     resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if gpus else {})
-    run_folder.forget_failure(run)
+    run_folder.forget_failure(claim.run)
     pictures = shared = ray.put(dataset)
-    if reads_features:
-        shared = ray.put(_with_features(config, dataset, len(vocabulary)))
+    if feature_cache.is_wanted(config):
+        shared = ray.put(_with_features(config, dataset, len(vocabulary), start))
     cider = None
     if config.train.stage == "self-critical":
         cider = ray.put(rewards.document_frequencies(dataset))
@@ -111,15 +138,16 @@ def train(config: Config) -> Finished:
     cluster.configure_train(elastic=least is not None)
     cluster.keep_data_actors_here()
     with console.shown() as shown:
+        assignment = Assignment(
+            config, claim, shared, vocabulary, shown, start and ray.put(start), cider
+        )
         trainer = TorchTrainer(
             work,
-            train_loop_config={
-                "assignment": Assignment(config, run, shared, vocabulary, shown, cider)
-            },
+            train_loop_config={"assignment": assignment},
             torch_config=TorchConfig(
                 backend=None if config.train.backend == "auto" else config.train.backend
             ),
-            validation_config=_validation(config, run, pictures, gpus),
+            validation_config=_validation(config, claim, pictures, gpus),
             scaling_config=ScalingConfig(
                 num_workers=most if least is None else (least, most),
                 use_gpu=bool(gpus),
@@ -128,22 +156,24 @@ def train(config: Config) -> Finished:
             ),
             run_config=RunConfig(
                 name=config.run.name,
-                storage_path=ray_storage,
+                storage_path=storage.arrow_uri(config.run.storage),
                 failure_config=FailureConfig(max_failures=config.train.max_failures),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 worker_runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
             ),
         )
-        while not _fit(trainer, run, shown):
+        while not _fit(trainer, claim, lost, shown):
             shown.say("The workers' last lives are used up, but they got further: starting anew")
-    return Finished(run, run_folder.find(run), run_folder.read_history(run), dataset.uri)
 
 
-def _fit(trainer: TorchTrainer, run: str, shown: console.Console) -> bool:
+def _fit(
+    trainer: TorchTrainer, claim: Claim, lost: threading.Event, shown: console.Console
+) -> bool:
     """Have Ray start workers, and replace them as often as it may; whether the run is complete.
 
     Otherwise it got further, so that it is worth going on.
     """
+    run = claim.run
     # Ray's own record of checkpoints would be restored under the same name, and fails where one
     # of them was pruned or Ray is newer; `latest.json` is the only truth about a run
     storage.delete(storage.join(run, "checkpoint_manager_snapshot.json"))
@@ -151,9 +181,13 @@ def _fit(trainer: TorchTrainer, run: str, shown: console.Console) -> bool:
     before = run_folder.latest_step(run)
     complete, failed = False, None
     try:
-        complete = console.call_until_told_to_stop(trainer.fit, shown.stop).return_value
+        complete = console.call_until_told_to_stop(trainer.fit, shown.stop, lost).return_value
     except TrainingFailedError as error:
         failed = error
+    try:
+        claim.require()
+    except LostError as error:
+        raise RunError(str(error)) from failed
     reason = run_folder.failure(run)
     if reason is not None:
         raise RunError(reason)
@@ -167,29 +201,30 @@ def _fit(trainer: TorchTrainer, run: str, shown: console.Console) -> bool:
     return complete
 
 
-def _vocabulary(config: Config, dataset: DataSet) -> Vocabulary:
-    """The words of the data set, or of the checkpoint that the run starts from."""
-    if config.train.start_from is not None:
-        members = checkpoint.members(config.train.start_from)
-        if len(members) > 1:
-            raise ValueError(
-                f"--train.start-from {config.train.start_from}: weights come from one checkpoint, "
-                f"not from {len(members)}; name one"
-            )
-        started = checkpoint.read_about(config.train.start_from)
-        differs = checkpoint.differences(started.model, config.model)
-        if differs:
-            raise ValueError(
-                f"--train.start-from {config.train.start_from}: its captioner is another one: "
-                f"{differs}; give the settings of its config.json"
-            )
-        return started.vocabulary
-    return Vocabulary.from_counts(
-        dataset.word_counts, config.data.min_word_count, config.data.max_words
-    )
+def _start(config: Config) -> Loaded | None:
+    """The checkpoint that the run starts from, if it does. Loaded once, and for all workers: the
+    run that it belongs to may go on, and remove it."""
+    uri = config.train.start_from
+    if uri is None:
+        return None
+    start = run_folder.load(uri)
+    if start.members:
+        raise ValueError(
+            f"--train.start-from {uri}: weights come from one checkpoint, not from "
+            f"{len(start.members)}; name one"
+        )
+    differs = checkpoint.differences(start.model, config.model)
+    if differs:
+        raise ValueError(
+            f"--train.start-from {uri}: its captioner is another one: {differs}; give the settings "
+            "of its config.json"
+        )
+    return start
 
 
-def _validation(config: Config, run: str, dataset: ray.ObjectRef, gpus: int) -> ValidationConfig:
+def _validation(
+    config: Config, claim: Claim, dataset: ray.ObjectRef, gpus: int
+) -> ValidationConfig:
     """How checkpoints of the run are validated while training goes on."""
     train = config.train
     num_gpus = train.validation_gpus
@@ -202,7 +237,7 @@ def _validation(config: Config, run: str, dataset: ray.ObjectRef, gpus: int) -> 
         fn=validation.validate,
         task_config=ValidationTaskConfig(
             fn_kwargs={
-                "run": run,
+                "claim": claim,
                 "dataset": dataset,
                 "limit": train.validation_images,
                 "threads": max(1, cpus),
@@ -216,10 +251,12 @@ def _validation(config: Config, run: str, dataset: ray.ObjectRef, gpus: int) -> 
     )
 
 
-def _with_features(config: Config, dataset: DataSet, vocab_size: int) -> DataSet:
+def _with_features(
+    config: Config, dataset: DataSet, vocab_size: int, start: Loaded | None
+) -> DataSet:
     return feature_cache.with_features(
         dataset,
-        initial.initial_captioner(config, vocab_size).encoder,
+        initial.initial_captioner(config, vocab_size, start).encoder,
         config.model.encoder,
         limits={"train": config.data.max_images, "val": config.train.validation_images},
     )
@@ -238,15 +275,14 @@ def _settle(config: Config) -> Config:
     """The configuration with what depends on time and place made explicit: workers run in other
     folders than the driver."""
     name = config.run.name or datetime.now().strftime("run-%Y%m%d-%H%M%S")
-    run = replace(config.run, name=name, storage=storage.resolve(config.run.storage))
+    run = replace(
+        config.run, name=name, storage=storage.resolve(config.run.storage), take_over=False
+    )
     data = replace(
         config.data,
         shards=config.data.shards and storage.resolve(config.data.shards),
         source=config.data.source and storage.resolve(config.data.source),
     )
-    train = config.train
-    if train.start_from is not None:
-        train = replace(train, start_from=run_folder.find(train.start_from))
     encoder = config.model.encoder
     if (
         encoder.weights == "none"
@@ -257,7 +293,7 @@ def _settle(config: Config) -> Config:
         # that were never taken
         encoder = replace(encoder, trainable_from="all", batch_norm="train")
     model = replace(config.model, encoder=encoder)
-    return replace(config, run=run, data=data, model=model, train=train)
+    return replace(config, run=run, data=data, model=model)
 
 
 def _shapes(config: Config) -> tuple[int, int, int]:

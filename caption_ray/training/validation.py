@@ -19,6 +19,7 @@ import torch
 
 from caption_ray import storage
 from caption_ray.captioning import metrics, run_folder
+from caption_ray.captioning.ownership import Claim, LostError
 from caption_ray.captioning.predictor import Predictor
 from caption_ray.data.dataset import DataSet
 from caption_ray.data.plan import plan_epoch
@@ -36,26 +37,29 @@ DECIDES = {
 
 
 def validate(
-    saved: Any, run: str, dataset: ray.ObjectRef, limit: int | None, threads: int
+    saved: Any, claim: Claim, dataset: ray.ObjectRef, limit: int | None, threads: int
 ) -> dict[str, float]:
     """Caption the first `limit` validation pictures with a checkpoint of the run, greedily.
 
     saved: as Ray Train knows it; only its name counts. Returns the metrics, named
     `val/...`, and writes them into the run's folder. An error is written there, too, before it is
-    raised: Ray Train only logs it.
+    raised: Ray Train only logs it. Nothing is written once the claim on the run is lost.
     """
-    uri = storage.join(run, storage.name(str(saved.path)))
+    uri = storage.join(claim.run, storage.name(str(saved.path)))
     torch.set_num_threads(threads)
     start = time.monotonic()
     try:
         found = score(uri, ray.get(dataset), limit)
         found["val/seconds"] = time.monotonic() - start
+        claim.require()
         run_folder.crown(uri, found)
+    except LostError:
+        raise
     except Exception as error:
         run_folder.write_validation(uri, {"error": f"{type(error).__name__}: {error}"})
-        raise
-    finally:
         run_folder.release(uri)
+        raise
+    run_folder.release(uri)
     return found
 
 
@@ -96,12 +100,10 @@ def _batches(dataset: DataSet, limit: int | None) -> Iterator[list[dict[str, Any
 
 def stale(history: list[dict[str, float]]) -> int:
     """Validations since the best, by the rank that decides about checkpoints, too."""
-    losses = {
-        point["step"]: point[run_folder.LOSS] for point in history if run_folder.LOSS in point
-    }
+    losses = {p["step"]: p[run_folder.LOSS] for p in history if run_folder.LOSS in p}
     ranks = [
-        run_folder.rank({run_folder.LOSS: losses.get(point.get("val/step"), math.inf), **point})
-        for point in _validations(history)
+        run_folder.rank({run_folder.LOSS: losses.get(p.get("val/step", 0.0), math.inf), **p})
+        for p in _validations(history)
     ]
     return len(ranks) - 1 - ranks.index(max(ranks)) if ranks else 0
 

@@ -22,6 +22,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from caption_ray import cluster, storage
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import CheckpointError, Resumed, State
+from caption_ray.captioning.ownership import Claim
 from caption_ray.config import Config
 from caption_ray.data.dataset import DataSet
 from caption_ray.data.pipeline import TooManyBadImages
@@ -49,12 +50,14 @@ class Assignment:
     """What the driver hands to each worker."""
 
     config: Config
-    run: str
-    """URI of the run's folder."""
+    claim: Claim
+    """On the run."""
     dataset: ray.ObjectRef
     """DataSet, of pictures or of features."""
     vocabulary: Vocabulary
     console: Console
+    start: ray.ObjectRef | None
+    """checkpoint.Loaded that the run starts from, which its own run may have removed since."""
     cider: ray.ObjectRef | None
     """What the self-critical stage scores with; None in the other."""
 
@@ -62,14 +65,15 @@ class Assignment:
 def work(loop_config: dict[str, Any]) -> bool:
     """The training function that Ray Train runs on every worker; whether the run is complete."""
     assignment: Assignment = loop_config["assignment"]
-    if run_folder.failure(assignment.run) is not None:
+    if run_folder.failure(assignment.claim.run) is not None or assignment.claim.is_lost():
         return False
     try:
         return _train(_Worker(assignment))
     except PERMANENT as error:
         # Ray Train starts workers anew after any error; these find the reason and end at once
         message = f"{type(error).__name__}: {error}"
-        run_folder.write_failure(assignment.run, message)
+        assignment.claim.require()
+        run_folder.write_failure(assignment.claim.run, message)
         raise
 
 
@@ -134,14 +138,15 @@ class _Worker:
         self.validated: set[str] = set()
         self.interruptions = Interruptions(assignment.console, self.config.train)
         self.uploads = threading.Semaphore(UPLOADS)
-        self.journal = Journal(self.config, assignment.run, assignment.console, self.device)
+        self.journal = Journal(self.config, assignment.claim, assignment.console, self.device)
         self._build_model()
 
     def _build_model(self) -> None:
         """The captioner with its initial weights, the same on every rank, and what trains it."""
         train = self.config.train
         loop.set_determinism(train.seed, train.deterministic)
-        captioner = initial_captioner(self.config, len(self.assignment.vocabulary))
+        words, start = len(self.assignment.vocabulary), self.assignment.start
+        captioner = initial_captioner(self.config, words, start and ray.get(start))
         self.captioner = captioner.to(self.device)
         self.model = ray.train.torch.prepare_model(self.captioner, move_to_device=self.device)
         self.average = loop.averaged(self.captioner, train.ema_decay)
@@ -166,7 +171,7 @@ class _Worker:
         free = cluster.num_cpus() - reserved
         if free < 1:
             # in a run that had begun it is for lack of a node, which may come back
-            begun = run_folder.latest_step(self.assignment.run) > 0
+            begun = run_folder.latest_step(self.assignment.claim.run) > 0
             raise (RuntimeError if begun else ValueError)(
                 f"--train.num-workers {self.world_size} x --train.cpus-per-worker "
                 f"{self.config.train.cpus_per_worker} leave {free:g} of the cluster's CPUs for "
@@ -211,25 +216,25 @@ class _Worker:
             self.pictures = state.pictures if self.is_chief else 0
         if self.is_chief:
             self.journal.open(self.total_steps, tracker_id)
-            self.validated = set(run_folder.read_validations(self.assignment.run))
+            self.validated = set(run_folder.read_validations(self.assignment.claim.run))
         if uri:
             place = f"epoch {self.epoch + 1}, step {self.total_steps}"
             self.journal.say(f"Resumed from {uri} ({place}) with {self.world_size} worker(s)")
 
     def _find_latest(self) -> str:
         """The checkpoint to go on from, the same for all ranks, empty if there is none."""
-        run = self.assignment.run
+        run = self.assignment.claim.run
         begun = self.is_chief and run_folder.has_begun(run)
         return "".join(loop.gathered([run_folder.find(run, "latest")] if begun else []))
 
     def _load_for_resume(self, uri: str) -> tuple[str, Resumed]:
         """The checkpoint at `uri`; CheckpointError on all ranks if one of them cannot load it."""
-        resumed, failed = None, ""
+        resumed, errors = None, []
         try:
             resumed = checkpoint.load_for_resume(uri, self.captioner, self.device)
         except CheckpointError as error:
-            failed = str(error)
-        errors = loop.gathered([failed] if failed else [])
+            errors = [str(error)]
+        errors = loop.gathered(errors)
         if resumed is None or errors:
             raise CheckpointError(errors[0])
         return uri, resumed
@@ -335,7 +340,7 @@ class _Worker:
         if not self.is_chief:
             return
         for name, found in sorted(
-            run_folder.read_validations(self.assignment.run, self.validated).items()
+            run_folder.read_validations(self.assignment.claim.run, self.validated).items()
         ):
             self.validated.add(name)
             step = run_folder.step_of(name)
@@ -394,7 +399,7 @@ class _Worker:
             saved = Checkpoint.from_directory(folder)
         name = run_folder.folder_name(self.total_steps)
         upload = _Upload(
-            self.assignment.run, state, list(self.journal.history), self.uploads,
+            self.assignment.claim, state, list(self.journal.history), self.uploads,
             keep=self.config.train.keep_checkpoints, after=self.saved_step, to_validate=to_validate,
         )  # fmt: skip
         self.saved_step = self.total_steps
@@ -424,7 +429,7 @@ class _Worker:
 class _Upload:
     """What Ray calls on its upload thread with the saved folder."""
 
-    run: str
+    claim: Claim
     state: State
     history: list[dict[str, float]]
     slot: threading.Semaphore
@@ -434,10 +439,11 @@ class _Upload:
 
     def __call__(self, saved: Checkpoint, name: str) -> Checkpoint:
         try:
-            run_folder.write_history(self.run, self.history)
+            self.claim.require()
+            run_folder.write_history(self.claim.run, self.history)
             uri = run_folder.commit(
-                Path(saved.path), self.run, self.state,
-                keep=self.keep, after=self.after, to_validate=self.to_validate,
+                Path(saved.path), self.claim.run, self.state, keep=self.keep, after=self.after,
+                to_validate=self.to_validate, claim=self.claim,
             )  # fmt: skip
         finally:
             self.slot.release()

@@ -241,8 +241,8 @@ def test_in_whatever_order_two_work_the_pointers_end_on_whole_checkpoints(
     for second in [name for name in ACTORS if name != first]:
         is_zombie = {first, second} in ZOMBIES
         others = _count(folders, second, tmp_path)
-        for at in _spread(total, 6 if disk else 24):
-            for pause in _spread(others, 3 if disk else 5):
+        for at in _spread(total, 4 if disk else 12):
+            for pause in _spread(others, 3 if disk else 4):
                 run = folders()
                 one, two = _actor(first, run, tmp_path), _actor(second, run, tmp_path)
                 one.move(at)
@@ -287,7 +287,7 @@ def test_whoever_is_killed_at_any_operation_the_next_start_makes_it_good(folders
 def test_at_no_moment_of_many_at_work_does_a_pointer_name_nothing(folders, tmp_path):
     """Random orders of a commit, both validations one after the other, and readers."""
     steps = 0
-    for seed in range(60):
+    for seed in range(30):
         run, chance = folders(), random.Random(seed)
         actors = [_actor(name, run, tmp_path) for name in ("commit", "reader", "reader of latest")]
         actors.append(Actor(lambda run=run: (_validate(run, 2), _validate(run, 3))))

@@ -15,7 +15,6 @@ import pytest
 from caption_ray.captioning.metrics import score
 from caption_ray.data import tokenizer
 from caption_ray.data.tokenizer import tokenize
-from caption_ray.evaluation.metrics import score
 
 # What CoreNLP 3.4.1 and pycocoevalcap 1.2 gave for these captions.
 EXPECTED = {

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from caption_ray import storage
-from caption_ray.captioning import checkpoint, metrics, run_folder
+from caption_ray.captioning import checkpoint, metrics, ownership, run_folder
 from caption_ray.data.dataset import open_shards
 from caption_ray.evaluation import evaluate
 from caption_ray.training import validation
@@ -28,7 +28,9 @@ def saved(tiny_run, tmp_path):
 def _validate(uri, shards, limit=None):
     known = SimpleNamespace(path=f"as/ray/knows/it/{storage.name(uri)}")
     run = storage.parent(uri)
-    return validation.validate(known, run, ray.put(open_shards(shards)), limit, threads=1)
+    storage.write_bytes(storage.join(run, ownership.OWNER), b'{"id": "us"}')
+    claim = ownership.Claim(run, "us")
+    return validation.validate(known, claim, ray.put(open_shards(shards)), limit, threads=1)
 
 
 def test_it_finds_what_the_evaluation_of_the_split_finds(saved, shards, local_ray):
