@@ -79,6 +79,42 @@ def test_the_best_is_the_one_of_highest_cider_d(tmp_path):
     assert _best(str(run))["metrics"] == {"val/loss": 1.0, run_folder.CRITERION: 0.5}
 
 
+def test_where_cider_d_is_the_same_for_all_the_best_has_the_lowest_validation_loss(tmp_path):
+    run = str(tmp_path / "run")
+    for step, loss in enumerate((2.0, 1.2, 1.5, float("nan")), start=1):
+        uri = commit(tmp_path, run, step, to_validate=True, loss=loss)
+        run_folder.crown(uri, {CRITERION: 0.0})
+        run_folder.release(uri)
+    assert _best(run)["checkpoint"] == _name(2)
+    assert whole(run) == [_name(2), _name(4)]
+    uri = commit(tmp_path, run, 5, to_validate=True, loss=9.0)
+    assert run_folder.crown(uri, {CRITERION: 0.1}), "from now on it says something"
+
+
+def test_the_score_of_a_checkpoint_that_waits_no_longer_is_not_kept(tmp_path):
+    """Its validation is of a job that ended."""
+    run = str(tmp_path / "run")
+    uris = [commit(tmp_path, run, step, to_validate=True) for step in (1, 2)]
+    run_folder.release_all(run)
+    assert not run_folder.crown(uris[1], {CRITERION: 0.9})
+    assert _best(run)["checkpoint"] == _name(1) and run_folder.read_validations(run) == {}
+
+
+def test_what_stays_broken_is_an_error_and_what_moves_is_found(tmp_path):
+    run = str(tmp_path / "run")
+    one, two = (commit(tmp_path, run, step, keep=2, is_best=True) for step in (1, 2))
+    storage.delete(two)
+    with pytest.raises(CheckpointError, match=f"{two}: not a whole checkpoint"):
+        run_folder.read(lambda: run_folder.find(run), load)
+    answers = iter([two, two, one])
+    assert run_folder.read(lambda: next(answers), load) == one
+    steps = itertools.count(9)
+    with pytest.raises(CheckpointError, match=f"{_name(9 + run_folder.CHANGES - 1)}: not a whole"):
+        run_folder.read(lambda: f"{run}/{_name(next(steps))}", load)
+    run_folder.release_all(run)
+    assert pointers(run) == {"latest": _name(1), "best": _name(1)}
+
+
 def test_a_checkpoint_is_not_pruned_before_its_validation(tmp_path):
     run = tmp_path / "run"
     commit(tmp_path, str(run), 1)

@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import latest_of, losses_of, tiny_config, weights_of, without_dropout
 
 from caption_ray import storage
-from caption_ray.captioning import checkpoint, run_folder
+from caption_ray.captioning import checkpoint, ownership, run_folder
 from caption_ray.data.ingest import ingest
 from caption_ray.training import trainer
 
@@ -168,3 +168,84 @@ def test_too_many_bad_pictures_stop_the_run_and_are_named(scenes, shards, tmp_pa
     with pytest.raises(trainer.RunError, match="--data.max-bad-images 0.05") as error:
         trainer.train(_raw(shards, source, tmp_path, "bad", max_bad_images=0.05))
     assert all(file.name in str(error.value) for file in broken)
+
+
+# Several starts of a run --------------------------------------------------------------------------
+
+
+def _start(settings):
+    """A training on another thread, and what becomes of it."""
+    ended = []
+
+    def train():
+        try:
+            ended.append(trainer.train(settings))
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    return thread, ended
+
+
+def _wait(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def test_a_run_that_goes_on_is_refused_to_a_second_start_until_that_takes_it_over(
+    shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.5)
+    run = str(tmp_path / "shared")
+    thread, ended = _start(tiny_config(shards, tmp_path, "shared", epochs=1000, max_failures=0))
+    _wait(lambda: run_folder.has_begun(run) or ended)
+    second = tiny_config(shards, tmp_path, "shared", epochs=1)
+    with pytest.raises(ValueError, match=rf"belongs to process {os.getpid()} on .*take-over"):
+        trainer.train(second)
+    assert thread.is_alive() and not ended
+    epochs = checkpoint.read_state(run_folder.find(run, "latest")).epoch + 20
+    second = tiny_config(shards, tmp_path, "shared", epochs=epochs)
+    taking = dataclasses.replace(second.run, take_over=True)
+    finished = trainer.train(dataclasses.replace(second, run=taking))
+    thread.join(240)
+    (error,) = ended
+    assert isinstance(error, trainer.RunError)
+    assert f"taken over by process {os.getpid()}" in str(error)
+    assert checkpoint.load(latest_of(finished)).state.epoch == epochs
+    checkpoint.load(run_folder.find(run))
+    assert not storage.exists(storage.join(run, ownership.OWNER))
+    assert not run_folder.read_config(run).run.take_over, "for the next start to inherit"
+
+
+def test_a_start_that_fails_or_was_killed_locks_nobody_out(shards, tmp_path):
+    run = tmp_path / "again"
+    rates = {"learning_rate": 1e30, "encoder_learning_rate": 1e30, "max_failures": 0}
+    with pytest.raises(trainer.RunError):
+        trainer.train(tiny_config(shards, tmp_path, "again", **rates))
+    assert not (run / ownership.OWNER).exists()
+    dead = dataclasses.replace(ownership._myself(None), id="dead", started=1.0)
+    (run / ownership.OWNER).write_bytes(ownership._to_json(dead))
+    begun = time.monotonic()
+    trainer.train(tiny_config(shards, tmp_path, "again", epochs=1))
+    assert time.monotonic() - begun < ownership.SILENCE_SECONDS
+    assert not (run / ownership.OWNER).exists()
+
+
+def test_where_captions_say_nothing_the_validation_loss_decides(shards, tmp_path, capfd):
+    """Of a single picture CIDEr-D is always 0."""
+    settings = {"validation_images": 1, "epochs": 12, "keep_checkpoints": 1, "patience": 2}
+    rates = {"learning_rate": 3e-2, "encoder_learning_rate": 3e-2, "schedule": "constant"}
+    finished = trainer.train(tiny_config(shards, tmp_path, "mute", **settings, **rates))
+    losses = {p["step"]: p["val/loss"] for p in finished.history if "val/loss" in p}
+    validated = [p for p in finished.history if "val/step" in p]
+    assert {p[run_folder.CRITERION] for p in validated} == {0.0}
+    considered = {p["val/step"]: losses[p["val/step"]] for p in validated}
+    best = checkpoint.read_state(finished.checkpoint)
+    assert best.step == min(considered, key=considered.get)
+    told = capfd.readouterr().out
+    assert told.count("val/loss decides which checkpoint is the best") == 1
+    if len(validated) < 12:
+        assert "No better val/loss in 2 validations: stopping" in told

@@ -76,3 +76,22 @@ def test_staleness_counts_validations_since_the_best():
     assert validation.stale(history(0.3)) == 0
     assert validation.stale(history(0.1, 0.3, 0.2)) == 1
     assert validation.stale(history(0.1, 0.3, 0.3, 0.2)) == 2  # no better is not better
+
+
+def test_where_all_captions_score_the_same_staleness_counts_by_the_loss():
+    def history(*found):
+        """(CIDEr-D, loss) of each epoch; what a validation finds is noted in a later one."""
+        epochs = [{"step": 8.0 * n, run_folder.LOSS: loss} for n, (_, loss) in enumerate(found)]
+        noted = [
+            {"step": 8.0 * n + 8, "val/step": 8.0 * n, run_folder.CRITERION: score}
+            for n, (score, _) in enumerate(found)
+        ]
+        return epochs + noted
+
+    constant = history((0.0, 3.0), (0.0, 2.0), (0.0, 2.5), (0.0, 2.1))
+    assert validation.stale(constant) == 2
+    assert validation.criterion(constant) == run_folder.LOSS
+    telling = history((0.0, 3.0), (0.1, 2.0), (0.0, 1.0))
+    assert validation.stale(telling) == 1
+    assert validation.criterion(telling) == run_folder.CRITERION
+    assert validation.criterion(history((0.0, 3.0))) == run_folder.CRITERION
