@@ -277,8 +277,8 @@ def test_in_whatever_order_two_work_the_pointers_end_on_whole_checkpoints(
     for second in [name for name in ACTORS if name != first]:
         is_zombie = {first, second} in ZOMBIES
         others = _count(folders, second, tmp_path)
-        for at in _spread(total, 4 if disk else 12):
-            for pause in _spread(others, 3 if disk else 4):
+        for at in _spread(total, 6) if disk else range(total + 1):
+            for pause in {others} if disk else {others, others // 2}:
                 run = folders()
                 one, two = _actor(first, run, tmp_path), _actor(second, run, tmp_path)
                 one.move(at)
@@ -296,7 +296,7 @@ def test_in_whatever_order_two_work_the_pointers_end_on_whole_checkpoints(
                     raise AssertionError(place) from error
                 seen[second] += 1
     print(f"\n{first}: {sum(seen.values())} interleavings, {dict(seen)}")
-    assert sum(seen.values()) >= 100
+    assert sum(seen.values()) >= 40
 
 
 @pytest.mark.parametrize("first", ["commit", "crown", "validation", "resume", "next commit"])
