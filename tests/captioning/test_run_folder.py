@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import os
 import random
 import shutil
 import threading
@@ -11,9 +12,10 @@ import time
 import pytest
 from interleaving import Actor, Memory, Stepping, assert_right, commit, load, pointers, whole
 
-from caption_ray import backends, storage
+from caption_ray import storage
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import CheckpointError
+from caption_ray.storage.local import Local
 
 CRITERION = run_folder.CRITERION
 
@@ -201,9 +203,9 @@ def folders(request, tmp_path, monkeypatch):
     """What makes a fresh copy of a run with checkpoint 1 (the best so far), 2 and 3, which wait for
     their validation, and 4, which is not validated; returns its URI."""
     monkeypatch.setattr(run_folder, "LOOK_SECONDS", 0)
-    monkeypatch.setattr(backends.os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     memory, kind = Memory(), request.param
-    stepping = Stepping(memory if kind == "memory" else backends.Local())
+    stepping = Stepping(memory if kind == "memory" else Local())
     monkeypatch.setattr(storage, "_backend", lambda *_: stepping)
     numbers = itertools.count()
     template = f"{tmp_path}/template"

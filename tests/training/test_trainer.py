@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
+from patience import wait_until
 from tiny_runs import latest_of, losses_of, tiny_config, weights_of, without_dropout
 
 from caption_ray import storage
@@ -188,20 +191,13 @@ def _start(settings):
     return thread, ended
 
 
-def _wait(condition, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
-
-
 def test_a_run_that_goes_on_is_refused_to_a_second_start_until_that_takes_it_over(
     shards, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.5)
     run = str(tmp_path / "shared")
     thread, ended = _start(tiny_config(shards, tmp_path, "shared", epochs=1000, max_failures=0))
-    _wait(lambda: run_folder.has_begun(run) or ended)
+    wait_until(lambda: run_folder.has_begun(run) or ended)
     second = tiny_config(shards, tmp_path, "shared", epochs=1)
     with pytest.raises(ValueError, match=rf"belongs to process {os.getpid()} on .*take-over"):
         trainer.train(second)
