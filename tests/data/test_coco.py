@@ -132,7 +132,7 @@ def test_a_caption_that_is_no_text_costs_that_caption_alone(tmp_path: Path, odd:
     assert (reason, entries) == ("caption that is no text", 2)
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", "...", "-- , .", "“”", "\u200b"])
+@pytest.mark.parametrize("text", ["", " \n\t", "...", "-- , .", "“ ”", "\u200b"])
 def test_marks_alone_are_no_caption(tmp_path: Path, text: str) -> None:
     texts = [*CAPTIONS, {"id": 4, "image_id": 3, "caption": text}]
     found = read_captions(captions_file(tmp_path, annotations=texts))
