@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from caption_ray import cluster
+from caption_ray.captioning import checkpoint
 from caption_ray.data import ingest
 from caption_ray.data.shards import Index, LeftOut, Shard
 from caption_ray.evaluation import evaluate, report
@@ -55,7 +56,9 @@ def test_train_names_its_run_and_why_a_picture_has_no_caption(
         {"file": "c.jpg", "caption": "", "error": None},
     ]
     finished = SimpleNamespace(run=ODD, checkpoint="c", history=[])
+    monkeypatch.setattr(trainer, "check", lambda settings: None)
     monkeypatch.setattr(trainer, "train", lambda settings: finished)
+    monkeypatch.setattr(checkpoint, "load", lambda uri: uri)
     monkeypatch.setattr(trainer, "open_data", lambda settings: None)
     monkeypatch.setattr(report, "write_loss_curve", lambda *_: "loss.png")
     monkeypatch.setattr(evaluate, "caption_split", lambda *_, **__: records)
