@@ -9,6 +9,7 @@ import os
 # before torch is loaded: its threads must not spin while other processes want the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from caption_ray import command
 from caption_ray.benchmark import (
     cache,
     checkpoint,
@@ -40,13 +41,10 @@ SECTIONS = {
 def main() -> None:
     kinds = {name: kind for name, (kind, _) in SECTIONS.items()}
     options = parse_arguments(kinds, description=__doc__)
-    try:
-        for kind, run in SECTIONS.values():
-            if isinstance(options, kind):
-                run(options)  # type: ignore[operator]
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    for kind, run in SECTIONS.values():
+        if isinstance(options, kind):
+            run(options)  # type: ignore[operator]
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

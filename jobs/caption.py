@@ -5,7 +5,7 @@ Writes one JSON line a picture: file, caption and log-probability (or the error)
 
 from dataclasses import dataclass, field
 
-from caption_ray import cluster
+from caption_ray import cluster, command
 from caption_ray.captioning import run_folder
 from caption_ray.config import SearchOverrides, Uri, default_storage, parse_arguments
 from caption_ray.evaluation import evaluate
@@ -26,15 +26,12 @@ class Arguments:
 
 def main() -> None:
     arguments = parse_arguments(Arguments, description=__doc__)
-    try:
-        loaded = run_folder.load(arguments.checkpoint)
-        search = arguments.search.apply(loaded.search)
-        cluster.connect()
-        unreadable = evaluate.caption_files(loaded, arguments.images, arguments.out, search=search)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    loaded = run_folder.load(arguments.checkpoint)
+    search = arguments.search.apply(loaded.search)
+    cluster.connect()
+    unreadable = evaluate.caption_files(loaded, arguments.images, arguments.out, search=search)
     print(f"Captions of {loaded.uri} in {arguments.out}; {unreadable} unreadable pictures")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -7,7 +7,7 @@ scores of each image, and a report to look at.
 
 from dataclasses import dataclass, field
 
-from caption_ray import cluster, config
+from caption_ray import cluster, command, config
 from caption_ray.captioning import run_folder
 from caption_ray.data.dataset import open_shards
 from caption_ray.evaluation import scorecard
@@ -36,19 +36,16 @@ class Arguments:
 
 def main() -> None:
     arguments = config.parse_arguments(Arguments, description=__doc__)
-    try:
-        loaded = run_folder.load(arguments.checkpoint)
-        search = arguments.search.apply(loaded.search)
-        cluster.connect()
-        card = scorecard.make(
-            loaded, open_shards(arguments.shards), arguments.split, arguments.out,
-            name=arguments.name, search=search, java=arguments.java, limit=arguments.limit,
-        )  # fmt: skip
-        page = scorecard.log(card, loaded, arguments.split)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    loaded = run_folder.load(arguments.checkpoint)
+    search = arguments.search.apply(loaded.search)
+    cluster.connect()
+    card = scorecard.make(
+        loaded, open_shards(arguments.shards), arguments.split, arguments.out,
+        name=arguments.name, search=search, java=arguments.java, limit=arguments.limit,
+    )  # fmt: skip
+    page = scorecard.log(card, loaded, arguments.split)
     print(f"{card.table()}\n\nFiles: {card.out}" + (f"\nLogged to run {page}" if page else ""))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -7,7 +7,7 @@ and annotations) or a set in the same layout. Run it again to complete an interr
 from dataclasses import dataclass, field
 from shlex import quote
 
-from caption_ray import cluster, config, storage
+from caption_ray import cluster, command, config
 from caption_ray.data import ingest, sources
 from caption_ray.data.shards import outline
 from caption_ray.training import feature_cache
@@ -40,14 +40,11 @@ class Arguments:
 def main() -> None:
     arguments = vars(config.parse_arguments(Arguments, description=__doc__))
     with_features, encoder = arguments.pop("features"), arguments.pop("encoder")
-    try:
-        if with_features:
-            feature_cache.check_encoder(encoder)  # at once, before Ray starts
-        cluster.connect()
-        index = ingest.ingest(**arguments)
-        encoded = feature_cache.encode_shards(arguments["out"], encoder) if with_features else {}
-    except (ValueError, storage.StorageError) as error:
-        raise SystemExit(f"error: {error}") from None
+    if with_features:
+        feature_cache.check_encoder(encoder)  # at once, before Ray starts
+    cluster.connect()
+    index = ingest.ingest(**arguments)
+    encoded = feature_cache.encode_shards(arguments["out"], encoder) if with_features else {}
     for split in index.splits:
         shards = index.shards(split)
         megabytes = sum(shard.bytes for shard in shards) / 1e6
@@ -57,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -6,7 +6,7 @@ On a cluster: `ray job submit --working-dir . -- python jobs/train.py coco --dat
 
 import shlex
 
-from caption_ray import cluster, config, storage
+from caption_ray import cluster, command, config
 from caption_ray.captioning import checkpoint
 from caption_ray.evaluation import evaluate, report
 from caption_ray.training import trainer
@@ -14,12 +14,10 @@ from caption_ray.training import trainer
 
 def main() -> None:
     settings = config.parse(description=__doc__)
+    trainer.check(settings)  # at once, before Ray starts
+    cluster.connect()
     try:
-        trainer.check(settings)  # at once, before Ray starts
-        cluster.connect()
         finished = trainer.train(settings)
-    except (ValueError, storage.StorageError, trainer.RunError) as error:
-        raise SystemExit(f"error: {error}") from None
     except trainer.Stopped as stopped:
         raise SystemExit(str(stopped)) from None
     curve = report.write_loss_curve(finished.history, finished.run)
@@ -47,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from caption_ray import cluster, config
+from caption_ray import cluster, command, config
 from caption_ray.config import bounds
 from caption_ray.evaluation import metrics
 from caption_ray.serving import app
@@ -366,7 +366,7 @@ def test_what_cannot_work_ends_a_job_before_ray_starts(arguments, message, monke
     monkeypatch.setattr(sys, "argv", [name, *rest])
     monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was to be started"))
     with pytest.raises(SystemExit) as ended:
-        job(name).main()
+        command.run(job(name).main)
     assert str(ended.value.code).startswith(f"error: {message}")
 
 

@@ -19,13 +19,14 @@ GROUND = {"config", "storage", "ray_internals", "cluster"}
 BELOW = {
     "config": set(),
     "storage": set(),
+    "command": {"config", "storage"},
     "ray_internals": set(),
     "cluster": {"config", "storage", "ray_internals"},
     "data": GROUND,
     "model": {"config"},
     "captioning": {"config", "storage", "data", "model"},
     "training": {*GROUND, "data", "model", "captioning"},
-    "evaluation": {*GROUND, "data", "model", "captioning"},
+    "evaluation": {*GROUND, "command", "data", "model", "captioning"},
     "serving": {*GROUND, "data", "model", "captioning"},
 }
 BELOW["benchmark"] = {*BELOW} - {"benchmark"}

@@ -59,7 +59,7 @@ def read(folder: str | None, count: int) -> list[bytes]:
         return [pictures.photograph(rng) for _ in range(count)]
     files = sorted(Path(folder).rglob("*.jpg"))[:count]
     if not files:
-        raise SystemExit(f"error: --pictures {folder}: no .jpg file is there")
+        raise ValueError(f"--pictures {folder}: no .jpg file is there")
     return [file.read_bytes() for file in files]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from caption_ray import storage
+from caption_ray import command, storage
 from caption_ray.captioning.metrics import MetricsError, Scores, score
 from caption_ray.config import Uri, parse_arguments
 from caption_ray.data import json_entries, unspaced
@@ -111,12 +111,9 @@ class Arguments:
 
 def main() -> None:
     arguments = parse_arguments(Arguments)
-    try:
-        references, results = read_references(arguments.references), read_results(arguments.results)
-        told, wanted = match(references, results)
-        scores = score(told, wanted, java=arguments.java)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    references, results = read_references(arguments.references), read_results(arguments.results)
+    told, wanted = match(references, results)
+    scores = score(told, wanted, java=arguments.java)
     unspaced.warn(caption for captions in wanted for caption in captions)
     empty = sum(not tokenize(caption) for caption in told)
     if empty:  # which a captioner may well say, so it scores
@@ -126,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

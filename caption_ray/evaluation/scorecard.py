@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,12 +186,13 @@ def log(card: Scorecard, loaded: Loaded, split: str) -> str | None:
         return None
     if state.tracker_id is None and config.run.tracker != "tensorboard":
         return None
-    files = Path(run) if storage.is_local(run) else Path(tempfile.mkdtemp())
-    tracker = tracking.start(config, files, state.tracker_id)
-    tracker.log({f"{split}/{name}": value for name, value in card.figures.items()}, state.step)
-    for name, table in card.tables.items():
-        tracker.log_table(f"{split}/{name}", table, state.step)
-    tracker.finish()
-    if not storage.is_local(run):
-        storage.upload(files, run)
+    is_local = storage.is_local(run)
+    with nullcontext(run) if is_local else tempfile.TemporaryDirectory() as folder:
+        tracker = tracking.start(config, Path(folder), state.tracker_id)
+        tracker.log({f"{split}/{name}": value for name, value in card.figures.items()}, state.step)
+        for name, table in card.tables.items():
+            tracker.log_table(f"{split}/{name}", table, state.step)
+        tracker.finish()
+        if not is_local:
+            storage.upload(folder, run)
     return state.tracker_id or run

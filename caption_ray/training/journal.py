@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ class Journal:
         self.tracker: tracking.Tracker | None = None
         self.history: list[dict[str, float]] = []
         self._folder = Path()
+        self._scratch = ExitStack()
         self.begin_epoch()
 
     def open(self, step: int, tracker_id: str | None) -> None:
@@ -40,7 +42,10 @@ class Journal:
         self.history = [
             point for point in run_folder.read_history(self.run) if point["step"] <= step
         ]
-        self._folder = Path(self.run if storage.is_local(self.run) else tempfile.mkdtemp())
+        if storage.is_local(self.run):
+            self._folder = Path(self.run)
+        else:
+            self._folder = Path(self._scratch.enter_context(tempfile.TemporaryDirectory()))
         self.tracker = tracking.start(self.config, self._folder, tracker_id)
 
     @property
@@ -165,3 +170,7 @@ class Journal:
             run_folder.write_history(self.run, self.history)
             if not storage.is_local(self.run):
                 storage.upload(self._folder, self.run)
+
+    def clean_up(self) -> None:
+        """Remove its temporary files, however the run ended."""
+        self._scratch.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -67,14 +68,19 @@ def work(loop_config: dict[str, Any]) -> bool:
     assignment: Assignment = loop_config["assignment"]
     if run_folder.failure(assignment.claim.run) is not None or assignment.claim.is_lost():
         return False
+    worker = None
     try:
-        return _train(_Worker(assignment))
+        worker = _Worker(assignment)
+        return _train(worker)
     except PERMANENT as error:
         # Ray Train starts workers anew after any error; these find the reason and end at once
         message = f"{type(error).__name__}: {error}"
         assignment.claim.require()
         run_folder.write_failure(assignment.claim.run, message)
         raise
+    finally:
+        if worker is not None:
+            worker.journal.clean_up()
 
 
 def _train(worker: _Worker) -> bool:
@@ -446,5 +452,6 @@ class _Upload:
                 to_validate=self.to_validate, claim=self.claim,
             )  # fmt: skip
         finally:
+            shutil.rmtree(saved.path, ignore_errors=True)
             self.slot.release()
         return Checkpoint(storage.arrow_uri(uri))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import caption_ray.command
 from caption_ray.captioning import metrics
 from caption_ray.captioning.metrics import CiderD, MetricsError, score
 from caption_ray.data.tokenizer import tokenize
@@ -161,7 +162,7 @@ def command(arguments: list[str]) -> None:
     """The command, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["metrics", *arguments, "--no-java"])
-        main()
+        caption_ray.command.run(main)
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
