@@ -15,7 +15,7 @@ import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from caption_ray import ray_internals
+from caption_ray import ray_internals, storage
 from caption_ray.config import from_environment
 
 GPU_VARIABLE = "CAPTION_RAY_NUM_GPUS"
@@ -68,9 +68,10 @@ RESIZE_SECONDS = 30.0
 using it costs a restart of all workers."""
 
 
-def connect() -> None:
+def connect(output: str | None = None) -> None:
     """Join the cluster that `ray job submit` or RAY_ADDRESS names, or one that runs on this
-    machine; start a local one if there is none."""
+    machine; start a local one if there is none. `output`: URI of what the job will write; if other
+    nodes may not see it, this is said."""
     if not ray.is_initialized():
         # with its dashboard: Ray Train's cleaner of placement groups queries it twice a second, and
         # complains on the console whenever it gets no answer
@@ -79,6 +80,12 @@ def connect() -> None:
         if "://" not in os.environ.get("RAY_ADDRESS", ""):
             os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     configure_data()
+    if output is not None and storage.is_local(output) and (nodes := num_nodes()) > 1:
+        print(
+            f"note: {storage.resolve(output)} must be the same place on all {nodes} nodes (NFS, "
+            "say); if it is not, give storage that they share, such as s3://...",
+            flush=True,
+        )
 
 
 def configure_train(elastic: bool) -> None:

@@ -1,4 +1,5 @@
-"""How every job ends: what cannot work is told in a few lines, with what to do about it.
+"""How every job looks where its output goes, and how it ends: what cannot work is told in a few
+lines, with what to do about it.
 
 A stack is for whoever develops this package. It goes to the console with `--debug`, else into a
 file that the last line names; an error that names its own remedy needs none.
@@ -12,6 +13,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from caption_ray import storage
+from caption_ray.config import require
 
 PACKAGE = Path(__file__).parent
 LINES = 4
@@ -36,6 +40,31 @@ def run(main: Callable[[], None]) -> None:
         if debug:
             traceback.print_exception(error)
         raise SystemExit(report(error, keep_stack=not debug)) from None
+
+
+def check_output(option: str, uri: str, *, folder: bool) -> None:
+    """Raise ValueError, naming the option, its value and the remedy, unless what a job makes can be
+    written there now and stays there. Before the work, of which all would be lost."""
+    where = storage.resolve(uri)
+    require(
+        not (storage.is_local(where) and _is_copy_by_ray(Path(where))),
+        option,
+        uri,
+        "`ray job submit` runs the job in a copy of its working directory, which vanishes with all "
+        "that is in it; give an absolute path on storage that all nodes share, or s3://...",
+    )
+    try:
+        storage.check_writable(where, folder=folder)
+    except (ValueError, storage.StorageError) as error:
+        require(False, option, uri, str(error).removeprefix(f"{where}: "))
+
+
+def _is_copy_by_ray(path: Path) -> bool:
+    """Whether the path leads into what Ray made of `--working-dir` on this node."""
+    return any(
+        above == "working_dir_files" and name.startswith("_ray_pkg_")
+        for above, name in zip(path.parts, path.parts[1:], strict=False)
+    )
 
 
 def report(error: Exception, keep_stack: bool) -> str:

@@ -26,9 +26,10 @@ class Arguments:
 
 def main() -> None:
     arguments = parse_arguments(Arguments, description=__doc__)
+    command.check_output("out", arguments.out, folder=False)
     loaded = run_folder.load(arguments.checkpoint)
     search = arguments.search.apply(loaded.search)
-    cluster.connect()
+    cluster.connect(arguments.out)
     unreadable = evaluate.caption_files(loaded, arguments.images, arguments.out, search=search)
     print(f"Captions of {loaded.uri} in {arguments.out}; {unreadable} unreadable pictures")
 

@@ -38,9 +38,11 @@ def main() -> None:
     arguments = config.parse_arguments(Arguments, description=__doc__)
     loaded = run_folder.load(arguments.checkpoint)
     search = arguments.search.apply(loaded.search)
-    cluster.connect()
+    out = arguments.out or run_folder.evaluation_folder(loaded.uri, arguments.split)
+    command.check_output("out", out, folder=True)
+    cluster.connect(out)
     card = scorecard.make(
-        loaded, open_shards(arguments.shards), arguments.split, arguments.out,
+        loaded, open_shards(arguments.shards), arguments.split, out,
         name=arguments.name, search=search, java=arguments.java, limit=arguments.limit,
     )  # fmt: skip
     page = scorecard.log(card, loaded, arguments.split)

@@ -42,7 +42,8 @@ def main() -> None:
     with_features, encoder = arguments.pop("features"), arguments.pop("encoder")
     if with_features:
         feature_cache.check_encoder(encoder)  # at once, before Ray starts
-    cluster.connect()
+    command.check_output("out", arguments["out"], folder=True)
+    cluster.connect(arguments["out"])
     index = ingest.ingest(**arguments)
     encoded = feature_cache.encode_shards(arguments["out"], encoder) if with_features else {}
     for split in index.splits:

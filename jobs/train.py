@@ -15,7 +15,8 @@ from caption_ray.training import trainer
 def main() -> None:
     settings = config.parse(description=__doc__)
     trainer.check(settings)  # at once, before Ray starts
-    cluster.connect()
+    command.check_output("run.storage", settings.run.storage, folder=True)
+    cluster.connect(settings.run.storage)
     try:
         finished = trainer.train(settings)
     except trainer.Stopped as stopped:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import ray
 
-from caption_ray import cluster, storage
+from caption_ray import cluster, command, storage
 from caption_ray import config as presets
 from caption_ray.config import Config
 from caption_ray.data.ingest import ensure_shapes
@@ -51,6 +51,7 @@ def processes(count: int) -> Iterator[list[ProcessPoolExecutor]]:
 def folder(uri: str | None) -> Iterator[str]:
     """A folder below `uri`, which is kept; if None, a temporary one on this machine."""
     if uri is not None:
+        command.check_output("storage", uri, folder=True)
         yield storage.join(storage.resolve(uri), "benchmark")
         return
     with tempfile.TemporaryDirectory() as local:

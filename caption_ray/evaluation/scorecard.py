@@ -74,6 +74,8 @@ def make(
     cannot be read are not scored, which the scorecard says: a captioner cannot help it. Raises
     ValueError if none can be read, or one has no captions to compare with.
     """
+    if "train" in dataset.splits:
+        dataset.splits["train"][0].captions()  # else wanted at the end, of storage that cannot seek
     start = time.monotonic()
     records = evaluate.caption_split(
         loaded, dataset, split, search=search, attention=True, limit=limit, progress=progress
