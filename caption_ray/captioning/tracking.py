@@ -1,9 +1,13 @@
-"""Following a run: Weights & Biases, TensorBoard, or nothing but the console."""
+"""Following a run: Weights & Biases, TensorBoard, or nothing but the console.
+
+What goes wrong with a tracker is told, once, and never stops what is tracked.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -13,6 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from caption_ray.config import Config, to_dict
+
+INIT_SECONDS = 30.0
+"""How long Weights & Biases may take to answer before the run goes on offline."""
+FINISH_SECONDS = 60.0
+"""How long a tracker may take to send what it holds back: all of it is in its files as well."""
 
 Cell: TypeAlias = str | float | bytes | None
 """Of a table; bytes are an encoded picture."""
@@ -64,24 +73,113 @@ class _Nothing:
         pass
 
 
-class _WandB:
-    """Online with a key (WANDB_API_KEY or `wandb login`), else offline below `folder`."""
+class _Guarded:
+    """A tracker whose first error is told with the way back to what it has, and is its last."""
 
-    def __init__(self, config: Config, folder: Path, resume_id: str | None) -> None:
+    def __init__(
+        self,
+        make: Callable[[], _WandB | _TensorBoard],
+        resume_id: str | None,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.id, self._tell, self._broken = resume_id, tell, False
+        self._tracker: _WandB | _TensorBoard | None = None
+
+        def open() -> None:
+            self._tracker = make()
+            self.id = self._tracker.id
+
+        self._try(open)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._try(lambda: self._tracker and self._tracker.log(metrics, step))
+
+    def log_captions(
+        self, images: NDArray[np.uint8], captions: list[str], references: list[str], step: int
+    ) -> None:
+        self._try(
+            lambda: self._tracker and self._tracker.log_captions(images, captions, references, step)
+        )
+
+    def log_table(self, name: str, table: Table, step: int) -> None:
+        self._try(lambda: self._tracker and self._tracker.log_table(name, table, step))
+
+    def finish(self) -> None:
+        tracker = self._tracker
+        if tracker is None:
+            return
+        # on a thread that may be left behind: without a network it would wait for hours
+        ended: list[Exception | None] = []
+
+        def finish() -> None:
+            try:
+                tracker.finish()
+                ended.append(None)
+            except Exception as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        thread.join(FINISH_SECONDS)
+        late = TimeoutError(f"it did not finish within {FINISH_SECONDS:.0f} s")
+        error = ended[0] if ended else late
+        if error is not None:
+            self._give_up(error)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if not self._broken:
+            try:
+                act()
+            except Exception as error:  # whatever comes out of the libraries
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if not self._broken:
+            self._broken = True
+            kept = f"; {self._tracker.kept}" if self._tracker else ""
+            self._tell(f"The tracker is left off: {_reason(error)}{kept}")
+
+
+def _reason(error: Exception) -> str:
+    """In one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+class _WandB:
+    """Online with a key (WANDB_API_KEY or `wandb login`), else, or if that fails, offline below
+    `folder`."""
+
+    def __init__(
+        self, config: Config, folder: Path, resume_id: str | None, tell: Callable[[str], None]
+    ) -> None:
         import wandb
 
-        settings = wandb.Settings(console="off", silent=True)
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        self.run = wandb.init(
-            project=config.run.project,
-            name=config.run.name,
-            id=resume_id,
-            resume="allow",
-            config=to_dict(config),
-            dir=str(folder),
-            mode=mode,
-            settings=settings,
-        )
+        def init(mode: Any) -> Any:
+            settings = wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS)
+            return wandb.init(
+                project=config.run.project,
+                name=config.run.name,
+                id=resume_id,
+                resume="allow",
+                config=to_dict(config),
+                dir=str(folder),
+                mode=mode,
+                settings=settings,
+            )
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        try:
+            self.run = init(mode)
+            offline_because = None
+        except Exception as error:
+            if mode == "offline":
+                raise
+            wandb.teardown()  # else it keeps what it knows of the key
+            self.run = init("offline")
+            offline_because = _reason(error)
+        self.kept = f"to send what it has: wandb sync {Path(self.run.dir).parent}"
+        if offline_because:
+            tell(f"Weights & Biases goes on offline: {offline_because}; {self.kept}")
         self.id: str | None = self.run.id
         self.table = wandb.Table
         self.image = wandb.Image
@@ -135,9 +233,10 @@ def _has_key() -> bool:
 class _TensorBoard:
     id: str | None = None
 
-    def __init__(self, config: Config, folder: Path, resume_id: str | None) -> None:
+    def __init__(self, config: Config, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.kept = f"what it has is in {folder}"
         self.writer = SummaryWriter(str(folder))
         self.writer.add_text("config", f"```\n{to_dict(config)}\n```", 0)
 
@@ -167,15 +266,24 @@ class _TensorBoard:
         self.writer.close()
 
 
-def start(config: Config, folder: Path, resume_id: str | None) -> Tracker:
+def start(
+    config: Config,
+    folder: Path,
+    resume_id: str | None,
+    tell: Callable[[str], None] = print,
+) -> Tracker:
     """The tracker that `run.tracker` names; its files go below the local `folder`.
 
-    resume_id: the tracker id of the run to continue, None for a new one.
+    resume_id: the tracker id of the run to continue, None for a new one. tell: where it says that
+    it goes on offline, or not at all, and why; it raises nothing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    kinds: dict[str, Callable[[Config, Path, str | None], Tracker]] = {
-        "wandb": _WandB,
-        "tensorboard": _TensorBoard,
-    }
-    kind = kinds.get(config.run.tracker)
-    return kind(config, folder, resume_id) if kind else _Nothing()
+    if config.run.tracker == "none":
+        return _Nothing()
+
+    def make() -> _WandB | _TensorBoard:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.run.tracker == "wandb":
+            return _WandB(config, folder, resume_id, tell)
+        return _TensorBoard(config, folder)
+
+    return _Guarded(make, resume_id, tell)

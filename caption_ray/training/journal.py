@@ -46,7 +46,7 @@ class Journal:
             self._folder = Path(self.run)
         else:
             self._folder = Path(self._scratch.enter_context(tempfile.TemporaryDirectory()))
-        self.tracker = tracking.start(self.config, self._folder, tracker_id)
+        self.tracker = tracking.start(self.config, self._folder, tracker_id, self.console.say)
 
     @property
     def tracker_id(self) -> str | None:

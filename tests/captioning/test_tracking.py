@@ -1,6 +1,7 @@
 import io
 import json
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +154,85 @@ def test_without_a_key_wandb_works_offline(key, mode, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     assert tracking._has_key() == (mode == "online")
+
+
+def _use(tracker):
+    """All that training does with it."""
+    tracker.log({"train/loss": 2.5}, 10)
+    tracker.log_captions(PICTURES, ["a cat", "a dog"], ["a tabby", "a hound"], 10)
+    tracker.log_table("val/captions", TABLE, 10)
+    tracker.finish()
+
+
+def test_with_a_key_that_is_refused_wandb_goes_on_offline_and_says_so_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody is there
+    said = []
+    tracker = tracking.start(_settings("wandb"), tmp_path, None, said.append)
+    _use(tracker)
+    (line,) = said
+    assert line.startswith("Weights & Biases goes on offline: ") and "\n" not in line
+    synced = Path(line.rpartition("wandb sync ")[2])
+    assert list(synced.glob("*.wandb")) and tracker.id is not None
+    assert {"train/loss": 2.5, "step": 10}.items() <= next(_history(tmp_path)).items()
+
+
+@pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
+def test_a_tracker_that_cannot_write_is_left_off(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "file").touch()
+    said = []
+    tracker = tracking.start(_settings(kind), tmp_path / "file" / "run", "an-id", said.append)
+    _use(tracker)
+    (line,) = said
+    assert line.startswith("The tracker is left off: NotADirectoryError: ")
+    assert tracker.id == "an-id", "a restarted run may find its page again"
+
+
+class _Fails:
+    """A tracker whose service dies after a while."""
+
+    id, kept = "an-id", "to send what it has: wandb sync X"
+
+    def __init__(self, finish=lambda: None):
+        self.calls, self.finish = [], finish
+
+    def log(self, metrics, step):
+        self.calls.append(step)
+        if step > 1:
+            raise BrokenPipeError("the service\nis gone")
+
+    def log_captions(self, *_):
+        raise AssertionError("not asked any more")
+
+    log_table = log_captions
+
+
+def test_a_tracker_that_dies_is_told_once_and_left_alone():
+    said, inner = [], _Fails()
+    tracker = tracking._Guarded(lambda: inner, None, said.append)
+    tracker.log({}, 1)
+    assert said == [] and tracker.id == "an-id"
+    tracker.log({}, 2)
+    _use(tracker)
+    told = "BrokenPipeError: the service is gone; to send what it has: wandb sync X"
+    assert said == [f"The tracker is left off: {told}"]
+    assert inner.calls == [1, 2]
+
+
+def test_a_tracker_that_hangs_at_its_end_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
+    released, said = threading.Event(), []
+    tracker = tracking._Guarded(lambda: _Fails(released.wait), None, said.append)
+    tracker.finish()
+    released.set()
+    (line,) = said
+    assert "it did not finish within 0 s; to send what it has" in line
+
+
+def test_a_tracker_that_fails_at_its_end_is_told():
+    said = []
+    tracking._Guarded(lambda: _Fails(lambda: 1 / 0), None, said.append).finish()
+    assert said == ["The tracker is left off: ZeroDivisionError: division by zero; "
+                    "to send what it has: wandb sync X"]  # fmt: skip
