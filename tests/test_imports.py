@@ -47,8 +47,10 @@ NEED_RAY = {
     "training.feature_cache",
     "training.feed",
     "training.interruption",
+    "training.permanence",
     "training.rewards",
     "training.trainer",
+    "training.upload",
     "training.validation",
     "training.worker",
 }

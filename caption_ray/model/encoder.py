@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,7 @@ def build_encoder(config: EncoderConfig, weights_path: str | None) -> Encoder:
     if config.weights == "none":
         return Encoder(backbone, config)
     weights = _torchvision_weights(config)
-    _load(backbone, weights.get_state_dict(check_hash=True), dropped, config)
+    _load(backbone, _downloaded(weights, config), dropped, config)
     preset = weights.transforms()
     return Encoder(backbone, config, preset.mean, preset.std)
 
@@ -329,6 +330,18 @@ def _torchvision_weights(config: EncoderConfig) -> models.WeightsEnum:
             f"{', '.join(['none', *valid])} or the path of a state dict"
         )
     return valid[config.weights]
+
+
+def _downloaded(weights: models.WeightsEnum, config: EncoderConfig) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(check_hash=True)
+        return state
+    except (OSError, RuntimeError) as error:  # no network, or other bytes than were asked for
+        host = urlsplit(weights.url).hostname
+        raise ConnectionError(
+            f"--model.encoder.weights is {config.weights!r}: cannot download {weights} from {host} "
+            f"({error}); give the path or URI of a state dict, or none"
+        ) from error
 
 
 def _read(path: str, config: EncoderConfig) -> dict[str, Tensor]:

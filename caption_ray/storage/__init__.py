@@ -34,6 +34,7 @@ from caption_ray.storage.failures import (
     is_passing,
     lasting,
 )
+from caption_ray.storage.failures import lasts as lasts
 from caption_ray.storage.http import Http
 from caption_ray.storage.local import Local, opened
 from caption_ray.storage.s3 import S3

@@ -36,6 +36,9 @@ LASTING_ERRORS = (
 )
 """boto3's names for settings that will not mend themselves; whatever else is below HTTP may."""
 
+LASTING_NUMBERS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+"""The system's, of refusals that somebody has to mend."""
+
 _GIVE_KEYS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a profile that there is"
 )
@@ -73,6 +76,17 @@ def is_passing(error: Exception) -> bool:
     if answered is not None:
         return answered in (408, 429) or answered >= 500 or error_code(error) in PASSING_CODES
     return type(error).__name__ not in LASTING_ERRORS
+
+
+def lasts(error: Exception) -> bool:
+    """Whether whoever asks again later will be refused again: a disk that is full or read-only, no
+    credentials, or none that suffice."""
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    if isinstance(cause, OSError):
+        return cause.errno in LASTING_NUMBERS
+    if cause is error or not isinstance(cause, Exception):
+        return False
+    return not is_passing(cause) and error_code(cause) not in EXPIRED_CODES
 
 
 def http_status(error: Exception) -> int | None:

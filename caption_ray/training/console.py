@@ -42,6 +42,13 @@ class _Mailbox:
     def __init__(self) -> None:
         self.items: list[str | Progress] = []
         self.stopping = False
+        self.reason: str | None = None
+
+    def fail(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def failure(self) -> str | None:
+        return self.reason
 
     def post(self, item: str | Progress) -> None:
         self.items.append(item)
@@ -74,6 +81,16 @@ class Console:
         if now - self._posted > REFRESH_SECONDS or step == steps:
             self._posted = now
             self._mailbox.post.remote(Progress(epoch, step, steps))
+
+    def fail(self, reason: str) -> None:
+        """Tell the driver, and workers that start, why the run cannot go on: also where no file
+        can be written."""
+        ray.get(self._mailbox.fail.remote(reason))
+
+    def failure(self) -> str | None:
+        """What `fail` was told first."""
+        reason: str | None = ray.get(self._mailbox.failure.remote())
+        return reason
 
     def stop(self) -> None:
         """Tell the workers to stop."""

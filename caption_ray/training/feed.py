@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from caption_ray import cluster
 from caption_ray.config import Config
 from caption_ray.data.dataset import DataSet
 from caption_ray.data.pipeline import Batch, TooManyBadImages, batches
@@ -162,3 +163,17 @@ class Feed:
                 f"unreadable, more than --data.max-bad-images {self.config.data.max_bad_images}:"
                 f"\n  {listed}"
             )
+
+
+def cpus_for_decoding(config: Config, workers: int) -> float:
+    """CPUs that each of so many workers has for decoding; ValueError if there are none."""
+    if config.data.decode_workers is not None:
+        return config.data.decode_workers
+    free = cluster.num_cpus() - workers * config.train.cpus_per_worker
+    if free < 1:
+        raise ValueError(
+            f"--train.num-workers {workers} x --train.cpus-per-worker "
+            f"{config.train.cpus_per_worker} leave {free:g} of the cluster's CPUs for "
+            "decoding, which needs 1: lower --train.cpus-per-worker (0.5, say)"
+        )
+    return max(1, free / workers)

@@ -32,6 +32,7 @@ from caption_ray.data.dataset import DataSet, open_shards, open_source
 from caption_ray.data.ingest import ensure_shapes
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.training import console, feature_cache, initial, rewards, validation
+from caption_ray.training.feed import cpus_for_decoding
 from caption_ray.training.worker import Assignment, work
 
 
@@ -91,6 +92,8 @@ def train(config: Config) -> Finished:
     assert config.run.name is not None
     run = storage.join(config.run.storage, config.run.name)
     storage.arrow_uri(config.run.storage)  # refused before anything is written
+    if not run_folder.has_begun(run):
+        _check_start(config)
     dataset = open_data(config)
     start = _start(config)
     if start is None:
@@ -166,6 +169,16 @@ def _train(
             shown.say("The workers' last lives are used up, but they got further: starting anew")
 
 
+def _check_start(config: Config) -> None:
+    """Raise ValueError or OSError, before a worker starts, for what would end all of them."""
+    workers = config.train.min_workers or config.train.num_workers
+    # where there are too few for the workers, nodes that start on demand may bring more
+    if workers * config.train.cpus_per_worker <= cluster.num_cpus():
+        cpus_for_decoding(config, workers)
+    if config.train.start_from is None and config.model.encoder.weights != "none":
+        initial.initial_encoder(config.model.encoder)
+
+
 def _fit(
     trainer: TorchTrainer, claim: Claim, lost: threading.Event, shown: console.Console
 ) -> bool:
@@ -188,7 +201,7 @@ def _fit(
         claim.require()
     except LostError as error:
         raise RunError(str(error)) from failed
-    reason = run_folder.failure(run)
+    reason = shown.failure() or run_folder.failure(run)
     if reason is not None:
         raise RunError(reason)
     if failed is not None and run_folder.latest_step(run) == before:

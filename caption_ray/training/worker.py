@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -20,30 +20,27 @@ import torch
 from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from caption_ray import cluster, storage
+from caption_ray import cluster
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import CheckpointError, Resumed, State
 from caption_ray.captioning.ownership import Claim
 from caption_ray.config import Config
 from caption_ray.data.dataset import DataSet
-from caption_ray.data.pipeline import TooManyBadImages
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner
 from caption_ray.model.encoder import to_tensor
 from caption_ray.model.search import generate
-from caption_ray.training import loop, self_critical, validation
+from caption_ray.training import loop, permanence, self_critical, validation
 from caption_ray.training.console import Console
-from caption_ray.training.feed import Feed
+from caption_ray.training.feed import Feed, cpus_for_decoding
 from caption_ray.training.initial import initial_captioner
 from caption_ray.training.interruption import Interruptions, Wish
 from caption_ray.training.journal import Journal
 from caption_ray.training.rewards import RemoteRewards
+from caption_ray.training.upload import Upload
 
 UPLOADS = 2
 """Checkpoints on their way at a time: the one that is written, and the next."""
-
-PERMANENT = (ValueError, TooManyBadImages, loop.NonFiniteLoss)
-"""Errors that starting the workers again would not mend."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,22 @@ class Assignment:
 def work(loop_config: dict[str, Any]) -> bool:
     """The training function that Ray Train runs on every worker; whether the run is complete."""
     assignment: Assignment = loop_config["assignment"]
-    if run_folder.failure(assignment.claim.run) is not None or assignment.claim.is_lost():
+    if assignment.console.failure() is not None or assignment.claim.is_lost():
         return False
     worker = None
     try:
         worker = _Worker(assignment)
         return _train(worker)
-    except PERMANENT as error:
-        # Ray Train starts workers anew after any error; these find the reason and end at once
-        message = f"{type(error).__name__}: {error}"
-        assignment.claim.require()
-        run_folder.write_failure(assignment.claim.run, message)
+    except Exception as error:
+        if not permanence.is_permanent(error):
+            raise
+        with contextlib.suppress(OSError):  # storage that cannot be read may be the very reason
+            assignment.claim.require()
+        permanence.note(assignment.claim.run, assignment.console, error)
+        if ray.train.get_context().get_world_size() == 1:
+            return False
+        # so that Ray Train ends the others, who wait for this one, and starts all anew: these find
+        # the reason and end at once
         raise
     finally:
         if worker is not None:
@@ -171,19 +173,13 @@ class _Worker:
             self.generator = torch.Generator(self.device)
 
     def _decode_cpus(self) -> float:
-        if self.config.data.decode_workers is not None:
-            return self.config.data.decode_workers
-        reserved = self.world_size * self.config.train.cpus_per_worker
-        free = cluster.num_cpus() - reserved
-        if free < 1:
+        try:
+            return cpus_for_decoding(self.config, self.world_size)
+        except ValueError as error:
             # in a run that had begun it is for lack of a node, which may come back
-            begun = run_folder.latest_step(self.assignment.claim.run) > 0
-            raise (RuntimeError if begun else ValueError)(
-                f"--train.num-workers {self.world_size} x --train.cpus-per-worker "
-                f"{self.config.train.cpus_per_worker} leave {free:g} of the cluster's CPUs for "
-                "decoding, which needs 1: lower --train.cpus-per-worker (0.5, say)"
-            )
-        return max(1, free / self.world_size)
+            if run_folder.latest_step(self.assignment.claim.run) > 0:
+                raise RuntimeError(str(error)) from None
+            raise
 
     def _decode_threads(self, decode_cpus: float) -> int:
         """Threads for near decoding; 0: it is far."""
@@ -404,8 +400,9 @@ class _Worker:
             )
             saved = Checkpoint.from_directory(folder)
         name = run_folder.folder_name(self.total_steps)
-        upload = _Upload(
-            self.assignment.claim, state, list(self.journal.history), self.uploads,
+        upload = Upload(
+            self.assignment.claim, self.assignment.console, state, list(self.journal.history),
+            self.uploads,
             keep=self.config.train.keep_checkpoints, after=self.saved_step, to_validate=to_validate,
         )  # fmt: skip
         self.saved_step = self.total_steps
@@ -429,29 +426,3 @@ class _Worker:
         """Close the tracker, and wait for nothing but uploads, as Ray Train does by itself."""
         self.interruptions.close()
         self.journal.close()
-
-
-@dataclass(frozen=True)
-class _Upload:
-    """What Ray calls on its upload thread with the saved folder."""
-
-    claim: Claim
-    state: State
-    history: list[dict[str, float]]
-    slot: threading.Semaphore
-    keep: int
-    after: int
-    to_validate: bool
-
-    def __call__(self, saved: Checkpoint, name: str) -> Checkpoint:
-        try:
-            self.claim.require()
-            run_folder.write_history(self.claim.run, self.history)
-            uri = run_folder.commit(
-                Path(saved.path), self.claim.run, self.state, keep=self.keep, after=self.after,
-                to_validate=self.to_validate, claim=self.claim,
-            )  # fmt: skip
-        finally:
-            shutil.rmtree(saved.path, ignore_errors=True)
-            self.slot.release()
-        return Checkpoint(storage.arrow_uri(uri))
