@@ -132,10 +132,10 @@ def test_pictures_that_cannot_be_read_are_told_and_the_others_scored(
     first, second, *others = sorted((source / "val").iterdir())
     first.unlink()
     second.write_bytes(b"no picture")
-    uri, dataset = run_folder.find(tiny_run), open_source(str(source), seed=0)
+    loaded, dataset = run_folder.load(tiny_run), open_source(str(source), seed=0)
 
     def make(out: Path) -> scorecard.Scorecard:
-        return scorecard.make(uri, dataset, "val", str(out), java=False, progress=False)
+        return scorecard.make(loaded, dataset, "val", str(out), java=False, progress=False)
 
     found = make(tmp_path / "out")
     assert found.figures["images"] == len(others) == 10
