@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from caption_ray import cluster
+from caption_ray import cluster, command
 from caption_ray.captioning import checkpoint
 from caption_ray.data import ingest
 from caption_ray.data.shards import Index, LeftOut, Shard
@@ -25,7 +25,8 @@ ODD = "my data; rm -r $HOME/it's here"
 def run(job: str, *arguments: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [job, *arguments])
-        patch.setattr(cluster, "connect", lambda: None)
+        patch.setattr(cluster, "connect", lambda *_: None)
+        patch.setattr(command, "check_output", lambda *_, **__: None)
         runpy.run_path(str(JOBS / job), run_name="__main__")
 
 
