@@ -32,9 +32,9 @@ PAGES = {
 }
 
 FOREIGN_OPTIONS = {
-    "--address", "--data-binary", "--metrics-export-port", "--working-dir", "--help",
+    "--address", "--data-binary", "--metrics-export-port", "--working-dir", "--help", "--debug",
 }  # fmt: skip
-"""Of ray, serve and curl."""
+"""Of ray, serve and curl; the last two of every job."""
 
 PLACEHOLDER = "mine"
 """What the recipes call the reader's own."""

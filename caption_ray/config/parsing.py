@@ -34,7 +34,9 @@ def parse(arguments: Sequence[str] | None = None, description: str | None = None
             name: ((make.__doc__ or "").strip(), _Unchecked(**vars(make())))
             for name, make in PRESETS.items()
         }
-        found = tyro.extras.overridable_config_cli(presets, args=arguments, description=description)
+        found = tyro.extras.overridable_config_cli(
+            presets, args=arguments, description=_described(description)
+        )
         return Config(**vars(found))
 
     return _checked(read, arguments, [Config])
@@ -59,14 +61,21 @@ def parse_arguments(
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(kind, type):
-        return _checked(lambda: tyro.cli(kind, args=given, description=description), given, [kind])
+        return _checked(
+            lambda: tyro.cli(kind, args=given, description=_described(description)), given, [kind]
+        )
     return _checked(
         lambda: tyro.extras.subcommand_cli_from_dict(
-            dict(kind), args=given, description=description
+            dict(kind), args=given, description=_described(description)
         ),
         given,
         list(kind.values()),
     )
+
+
+def _described(description: str | None) -> str:
+    """What `--help` begins with: about the job, and about the option that command.py adds to all."""
+    return f"{description or ''}\n\nWith --debug an error shows its whole stack.".strip()
 
 
 def _checked(read: Callable[[], T], arguments: Sequence[str], kinds: Sequence[type]) -> T:
