@@ -74,7 +74,8 @@ def parse_arguments(
 
 
 def _described(description: str | None) -> str:
-    """What `--help` begins with: about the job, and about the option that command.py adds to all."""
+    """What `--help` begins with: about the job, and about the option that command.py adds to
+    all."""
     return f"{description or ''}\n\nWith --debug an error shows its whole stack.".strip()
 
 

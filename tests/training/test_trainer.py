@@ -142,7 +142,7 @@ def test_a_run_stops_when_its_captions_no_longer_improve(shards, tmp_path):
 
 
 def test_a_diverging_run_stops_and_says_where(shards, tmp_path):
-    rates = {"learning_rate": 1e30, "encoder_learning_rate": 1e30}
+    rates = {"learning_rate": 1e9, "encoder_learning_rate": 1e9}
     broken = tiny_config(shards, tmp_path, "broken", max_failures=0, **rates)
     with pytest.raises(trainer.RunError, match=r"not finite at step \d+ \(epoch 1\)"):
         trainer.train(broken)
