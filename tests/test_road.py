@@ -23,13 +23,13 @@ def test_from_pictures_to_the_answer_of_the_endpoint(shards, scenes, endpoint, t
     assert (state.step, state.epoch, state.pictures) == (4, 2, 80), "resumed, nothing seen twice"
     assert [p["step"] for p in second.history if "val/loss" in p] == [2, 4]
 
-    uri, out = run_folder.find(second.run), tmp_path / "captions.jsonl"
+    loaded, out = run_folder.load(second.run), tmp_path / "captions.jsonl"
     picture = next(Path(scenes, "val").iterdir())
-    assert evaluate.caption_files(uri, str(picture), str(out), progress=False) == 0
+    assert evaluate.caption_files(loaded, str(picture), str(out), progress=False) == 0
     caption = json.loads(out.read_text())["caption"]
 
     endpoint.deploy({"checkpoint": second.run})
     answer = requests.post(f"{endpoint.url}/caption", data=picture.read_bytes(), timeout=60)
     assert answer.status_code == 200, answer.text
-    assert answer.headers["X-Checkpoint"] == uri.rsplit("/", 1)[1]
+    assert answer.headers["X-Checkpoint"] == loaded.uri.rsplit("/", 1)[1]
     assert answer.json()[0]["generated_text"] == caption

@@ -342,15 +342,15 @@ class RunConfig(Section):
     """Name of this run and of its folder. A run that is started again under its name resumes; None
     makes a new name from the time."""
 
-    take_over: bool = False
-    """Go on with a run that is still being trained elsewhere; it then stops there."""
-
     tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
     """Where metrics and pictures are logged besides the console. Weights & Biases works offline
     without a key."""
 
     project: Project = "caption_ray"
     """Project in Weights & Biases."""
+
+    take_over: bool = False
+    """Go on with a run that is still being trained elsewhere; it then stops there."""
 
 
 @dataclass(frozen=True)

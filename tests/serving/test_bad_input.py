@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
     # too short to recognise their format
     "png-4-bytes": (PNG[:4], 415, NO_FORMAT),
     "webp-4-bytes": (WEBP[:4], 415, NO_FORMAT),
-    "bmp-12-bytes": (BMP[:12], 415, NO_FORMAT),
+    "bmp-12-bytes": (BMP[:12], 422, "the header is damaged"),
     "one-byte": (b"\xff", 415, NO_FORMAT),
     # damaged
     "png-crc-of-header": (patched(PNG, 29, b"\0\0\0\0"), 422, "the header is damaged"),
@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
     "bmp-10000": (patched(BMP, 18, struct.pack("<II", 10_000, 10_000)), 422, "10000 x 10000"),
     "png-no-width": (png(0, 40), 422, "cannot be read: "),
     "jpeg-no-width": (resized_jpeg(0, 40), 422, "cannot be read: "),
-    "bmp-no-size": (patched(BMP, 18, bytes(8)), 415, NO_FORMAT),
+    "bmp-no-size": (patched(BMP, 18, bytes(8)), 422, "the header is damaged"),
     # misleading metadata
     "png-icc-of-5-mb": (encoded("PNG", icc_profile=bytes(5_000_000)), 422, "too large"),  # packed
     # no fixed white point

@@ -110,7 +110,7 @@ def test_whatever_features_depend_on_gives_them_another_folder(dataset):
         return feature_cache._key(feature_cache._about(dataset, *_encoder(seed, **changes)))
 
     (unit,) = dataset.splits["val"]
-    shard = dataclasses.replace(unit.shard, digest="0" * 64)
+    shard = dataclasses.replace(unit.shard, checksum="0" * 64)
     other_pictures = dataclasses.replace(
         dataset, splits={**dataset.splits, "val": [ShardFile(unit.uri, shard)]}
     )
@@ -167,7 +167,7 @@ def test_ingest_makes_the_features_that_training_reads(dataset, tmp_path, monkey
     run = _config(dataset.uri, tmp_path, "run", None)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, encoder=frozen))
     assert feature_cache.is_wanted(run)
-    known = trainer._with_features(run, dataset, 10)
+    known = trainer._with_features(run, dataset, 10, None)
     assert all(isinstance(unit, FeatureFile) for unit in known.splits["train"])
 
 

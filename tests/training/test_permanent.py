@@ -40,7 +40,8 @@ def alone(monkeypatch, tmp_path):
             raise error
 
         monkeypatch.setattr(worker, "_Worker", fail)
-        assignment = SimpleNamespace(run=str(place), console=mailbox or _Mailbox())
+        claim = SimpleNamespace(run=str(place), is_lost=lambda: False, require=lambda: None)
+        assignment = SimpleNamespace(claim=claim, console=mailbox or _Mailbox())
         return worker.work({"assignment": assignment}), assignment.console
 
     yield run
