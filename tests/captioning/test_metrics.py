@@ -66,6 +66,7 @@ def test_all_figures_equal_cocos_on_real_captions(
             assert image[name] == pytest.approx(value, abs=1e-9), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program")
 def test_meteor_of_a_caption_among_its_references_is_perfect() -> None:
     pytest.importorskip("pycocoevalcap.meteor.meteor")

@@ -198,7 +198,8 @@ def test_unfinished_checkpoints_do_not_count_among_those_that_are_kept(tmp_path)
 # The race: everything at every operation of everything else --------------------------------------
 
 
-@pytest.fixture(params=["memory", "disk"])
+# in memory every operation is tried, which takes a minute; on a disk some of them
+@pytest.fixture(params=[pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def folders(request, tmp_path, monkeypatch):
     """What makes a fresh copy of a run with checkpoint 1 (the best so far), 2 and 3, which wait for
     their validation, and 4, which is not validated; returns its URI."""

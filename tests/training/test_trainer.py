@@ -1,4 +1,4 @@
-"""Whole runs on a local Ray: small, but real."""
+"""Whole runs on a local Ray: small, but real. Those that need several runs are slow."""
 
 import dataclasses
 import json
@@ -76,6 +76,7 @@ def test_decoding_on_a_gpu_needs_one_before_anything_is_written(shards, tmp_path
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_a_data_set_that_changed_under_its_uri(
     undisturbed, scenes, shards, tmp_path
 ):
@@ -92,12 +93,14 @@ def test_a_run_is_not_resumed_on_a_data_set_that_changed_under_its_uri(
         trainer.train(settings)
 
 
+@pytest.mark.slow
 def test_two_workers_learn_like_one_with_twice_the_batch(two_workers, shards, tmp_path):
     one = trainer.train(without_dropout(tiny_config(shards, tmp_path, "one", batch_size=10)))
     # the two see the same pictures in an epoch, but not in the same steps
     np.testing.assert_allclose(losses_of(one), losses_of(two_workers), rtol=0.02)
 
 
+@pytest.mark.slow
 def test_an_averaged_run_that_stopped_goes_on_as_if_it_had_not(shards, tmp_path):
     recipe = {"ema_decay": 0.9, "scheduled_sampling": 0.5, "scheduled_sampling_epochs": 1,
               "label_smoothing": 0.1, "schedule": "constant", "checkpoint_every": 5}  # fmt: skip
@@ -133,6 +136,7 @@ def test_the_self_critical_stage_needs_a_captioner_like_its_own(undisturbed, sha
         trainer.train(other)
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_its_captions_no_longer_improve(shards, tmp_path):
     rates = {"learning_rate": 1e-9, "encoder_learning_rate": 1e-9, "schedule": "constant"}
     finished = trainer.train(tiny_config(shards, tmp_path, "stale", epochs=12, patience=1, **rates))
@@ -191,6 +195,7 @@ def _start(settings):
     return thread, ended
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_refused_to_a_second_start_until_that_takes_it_over(
     shards, tmp_path, monkeypatch
 ):
@@ -216,9 +221,10 @@ def test_a_run_that_goes_on_is_refused_to_a_second_start_until_that_takes_it_ove
     assert not run_folder.read_config(run).run.take_over, "for the next start to inherit"
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_or_was_killed_locks_nobody_out(shards, tmp_path, capfd):
     run = tmp_path / "again"
-    rates = {"learning_rate": 1e30, "encoder_learning_rate": 1e30, "max_failures": 0}
+    rates = {"learning_rate": 1e9, "encoder_learning_rate": 1e9, "max_failures": 0}
     with pytest.raises(trainer.RunError):
         trainer.train(tiny_config(shards, tmp_path, "again", **rates))
     assert not (run / ownership.OWNER).exists()
@@ -231,6 +237,7 @@ def test_a_start_that_fails_or_was_killed_locks_nobody_out(shards, tmp_path, cap
     assert not (run / ownership.OWNER).exists()
 
 
+@pytest.mark.slow
 def test_where_captions_say_nothing_the_validation_loss_decides(shards, tmp_path, capfd):
     """Of a single picture CIDEr-D is always 0."""
     settings = {"validation_images": 1, "epochs": 12, "keep_checkpoints": 1, "patience": 2}
