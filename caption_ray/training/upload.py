@@ -19,8 +19,7 @@ from caption_ray.training.console import Console
 
 @dataclass(frozen=True)
 class Upload:
-    """What Ray Train calls on its upload thread with the folder of the saved checkpoint, which is
-    removed afterwards."""
+    """What Ray Train calls on its upload thread with the folder of the saved checkpoint."""
 
     claim: Claim
     console: Console
@@ -42,10 +41,12 @@ class Upload:
                 to_validate=self.to_validate, claim=self.claim,
             )  # fmt: skip
         except Exception as error:
+            # only here: after a successful upload Ray Train removes the folder, and complains
+            # with a stack if somebody else did
+            shutil.rmtree(saved.path, ignore_errors=True)
             if permanence.is_permanent(error):
                 permanence.note(self.claim.run, self.console, error)
             raise
         finally:
-            shutil.rmtree(saved.path, ignore_errors=True)
             self.slot.release()
         return Checkpoint(storage.arrow_uri(uri))
