@@ -359,7 +359,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
             _wait(lambda: step("stopped") > 0, "the first epoch", job)
             assert command(*RAY, "job", "stop", "first").wait(scaled(PATIENCE)) == 0
             job.wait(scaled(PATIENCE))
-            state = checkpoint.load(run_folder.find(str(tmp_path / "stopped"))).state
+            state = checkpoint.load(run_folder.find(str(tmp_path / "stopped"), "latest")).state
             assert 0 < state.epoch < EPOCHS and state.epoch_step > 0, "not stopped in mid-epoch"
             for job in (submit("stopped", "second"), submit("whole", "whole")):
                 assert job.wait(scaled(PATIENCE)) == 0
@@ -367,7 +367,7 @@ def test_a_stopped_job_goes_on_bit_for_bit_where_it_was(
             print((tmp_path / "jobs.log").read_text()[-8000:])
             raise
     whole, stopped = (
-        load_file(Path(run_folder.find(str(tmp_path / name)), checkpoint.MODEL))
+        load_file(Path(run_folder.find(str(tmp_path / name), "latest"), checkpoint.MODEL))
         for name in ("whole", "stopped")
     )
     assert step("whole") == step("stopped") == EPOCHS * PICTURES // 5
