@@ -35,7 +35,7 @@ def warning(captions: Iterable[str]) -> str | None:
     return (
         f"warning: these captions have {count / len(words):.1f} words of {characters / count:.1f} "
         "characters on average, as if each were one word: their language has no spaces between "
-        "words. Use --data.tokenizer characters, or put spaces there and use whitespace"
+        "words: each counts as one word. Put spaces between words, or between characters"
     )
 
 

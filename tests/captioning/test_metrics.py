@@ -266,7 +266,7 @@ def test_captions_of_one_word_each_are_warned_of(
         "annotations": [told(1, "一只狗在草地上奔跑"), told(2, "两只狗")],
     }
     command(files(chinese))
-    assert "no spaces between words. Use --data.tokenizer characters" in capsys.readouterr().err
+    assert "no spaces between words: each counts as one word. Put spaces" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_named(files: Callable[..., list[str]], tmp_path: Path) -> None:
