@@ -16,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 import requests
+from patience import scaled
 
 CLIENTS = 6
-REQUEST_TIMEOUT_S = 4.0
+REQUEST_TIMEOUT_S = scaled(4.0)
+BODY_TIMEOUT_S = scaled(2.0)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def settings(runs: Path, **args: Any) -> dict[str, Any]:
         "args": {
             "storage": str(runs),
             "request_timeout_s": REQUEST_TIMEOUT_S,
-            "body_timeout_s": 2.0,
+            "body_timeout_s": BODY_TIMEOUT_S,
             **args,
         },
         "captioner": {
@@ -160,7 +162,7 @@ def test_trickling_bodies_hold_nobody_up_and_are_ended(load: Any, endpoint: Any)
     with load:
         for thread in threads:
             thread.start()
-        time.sleep(4)
+        time.sleep(2 * BODY_TIMEOUT_S)
     stop.set()
     for thread in threads:
         thread.join()
