@@ -117,7 +117,7 @@ def test_a_missing_bucket_ends_a_job_with_one_message_and_is_not_made(buckets, c
     result = _run(*command)
     said = [line for line in result.stderr.splitlines() if "not-there" in line]
     assert result.returncode == 1 and len(said) == 1, result.stderr
-    assert said[0].startswith("error: s3://not-there/"), said
+    assert said[0].startswith("error: --") and "is 's3://not-there/" in said[0], said
     assert said[0].endswith("there is no bucket 'not-there'; create it, or correct its name")
     assert "Traceback" not in result.stderr
     assert {b["Name"] for b in boto3.client("s3").list_buckets()["Buckets"]} == {"coco", "out"}
