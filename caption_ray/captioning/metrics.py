@@ -63,15 +63,19 @@ def score(
     wanted = [[tokenize(caption) for caption in captions] for captions in references]
     corpus: dict[str, float] = {}
     per_image: list[dict[str, float]] = [{} for _ in told]
-    of_corpus, of_images = bleu(told, wanted)
+    # COCO's BLEU and CIDEr-D part words at every kind of space, also at the one that the tokenizer
+    # leaves inside of "5 1/2" (U+00A0); its ROUGE-L does not
+    told_apart = [_apart(words) for words in told]
+    wanted_apart = [[_apart(words) for words in captions] for captions in wanted]
+    of_corpus, of_images = bleu(told_apart, wanted_apart)
     for n in range(MAX_N):
         corpus[f"BLEU-{n + 1}"] = of_corpus[n]
         for image, values in zip(per_image, of_images, strict=True):
             image[f"BLEU-{n + 1}"] = values[n]
-    cider_d = CiderD(wanted)
+    cider_d = CiderD(wanted_apart)
     for name, values in (
         ("ROUGE-L", [rouge_l(h, r) for h, r in zip(told, wanted, strict=True)]),
-        ("CIDEr-D", [cider_d(h, r) for h, r in zip(told, wanted, strict=True)]),
+        ("CIDEr-D", [cider_d(h, r) for h, r in zip(told_apart, wanted_apart, strict=True)]),
     ):
         _add(corpus, per_image, name, sum(values) / len(values), values)
     skipped = {} if java else {name: "not asked for" for name in JAVA_METRICS}
@@ -81,6 +85,10 @@ def score(
         except MetricsError as error:
             skipped[name] = str(error)
     return Scores(corpus, per_image, skipped)
+
+
+def _apart(words: Words) -> Words:
+    return " ".join(words).split()
 
 
 def _add(
