@@ -191,3 +191,15 @@ def assert_right(run: str) -> None:
     }
     if scores:
         assert scores[found["best"]] == max(scores.values()), (found, scores)
+
+
+def cut_off_at(name, monkeypatch):
+    """The storage takes no file of this name."""
+    real = storage.write_bytes
+
+    def write(uri, data):
+        if uri.endswith(name):
+            raise storage.StorageError("cut off")
+        real(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", write)

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from interleaving import cut_off_at
 
 from caption_ray import config, storage
 from caption_ray.captioning import checkpoint, run_folder
@@ -45,18 +46,6 @@ def _commit(tmp_path, run, step, *, model=None, keep=2, **options):
     return captioner, uri
 
 
-def _cut_off_at(name, monkeypatch):
-    """The storage takes no file of this name."""
-    real = storage.write_bytes
-
-    def write(uri, data):
-        if uri.endswith(name):
-            raise storage.StorageError("cut off")
-        real(uri, data)
-
-    monkeypatch.setattr(storage, "write_bytes", write)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_loaded_captioner_is_the_saved_one(tmp_path, tied):
     model = _config(tie_embeddings=tied)
@@ -90,7 +79,7 @@ def test_resuming_brings_back_state_optimizer_and_ledger(tmp_path):
 def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):
     run = tmp_path / "run"
     _, good = _commit(tmp_path, run, 1)
-    _cut_off_at(checkpoint.MANIFEST, monkeypatch)
+    cut_off_at(checkpoint.MANIFEST, monkeypatch)
     with pytest.raises(storage.StorageError):
         _commit(tmp_path, run, 2)
     monkeypatch.undo()

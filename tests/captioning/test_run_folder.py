@@ -11,7 +11,17 @@ import threading
 import time
 
 import pytest
-from interleaving import Actor, Memory, Stepping, assert_right, commit, load, pointers, whole
+from interleaving import (
+    Actor,
+    Memory,
+    Stepping,
+    assert_right,
+    commit,
+    cut_off_at,
+    load,
+    pointers,
+    whole,
+)
 
 from caption_ray import storage
 from caption_ray.captioning import checkpoint, run_folder
@@ -27,18 +37,6 @@ def _name(step):
 
 def _best(run):
     return json.loads(storage.read_bytes(f"{run}/best.json"))
-
-
-def _cut_off_at(name, monkeypatch):
-    """The storage takes no file of this name."""
-    real = storage.write_bytes
-
-    def write(uri, data):
-        if uri.endswith(name):
-            raise storage.StorageError("cut off")
-        real(uri, data)
-
-    monkeypatch.setattr(storage, "write_bytes", write)
 
 
 def test_pointers_name_the_newest_and_the_best(tmp_path):
@@ -134,7 +132,7 @@ def test_a_checkpoint_is_not_pruned_before_its_validation(tmp_path):
 def test_a_second_checkpoint_of_a_step_never_touches_the_one_that_is_named(tmp_path, monkeypatch):
     run = tmp_path / "run"
     first = commit(tmp_path, str(run), 1)
-    _cut_off_at(checkpoint.STATE, monkeypatch)
+    cut_off_at(checkpoint.STATE, monkeypatch)
     with pytest.raises(storage.StorageError):
         commit(tmp_path, str(run), 1)
     monkeypatch.undo()
@@ -165,7 +163,7 @@ def test_a_checkpoint_that_was_never_named_is_forgotten_once_the_run_goes_on(tmp
     names = [run_folder.folder_name(step) for step in range(6)]
     for step in (1, 2):
         commit(tmp_path, str(run), step, keep=2, is_best=step == 1)
-    _cut_off_at("latest.json", monkeypatch)
+    cut_off_at("latest.json", monkeypatch)
     for step in (3, 4):
         with pytest.raises(storage.StorageError):
             commit(tmp_path, str(run), step, after=2, to_validate=True)
