@@ -40,7 +40,7 @@ from caption_ray.training.rewards import RemoteRewards
 from caption_ray.training.upload import Upload
 
 UPLOADS = 2
-"""Checkpoints on their way at a time: the one that is written, and the next."""
+"""Uploads that may be pending at a time: the one in progress, and the next."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,25 @@ class Assignment:
 
     config: Config
     claim: Claim
-    """On the run."""
+    """The claim on the run, with its URI."""
     dataset: ray.ObjectRef
     """DataSet, of pictures or of features."""
     vocabulary: Vocabulary
     console: Console
     start: ray.ObjectRef | None
-    """checkpoint.Loaded that the run starts from, which its own run may have removed since."""
+    """The checkpoint.Loaded that the run starts from; its own run may have pruned it since."""
     cider: ray.ObjectRef | None
-    """What the self-critical stage scores with; None in the other."""
+    """CIDEr-D with the document frequencies of the training split; only in the self-critical
+    stage."""
 
 
 def work(loop_config: dict[str, Any]) -> bool:
     """The training function that Ray Train runs on every worker; whether the run is complete."""
     assignment: Assignment = loop_config["assignment"]
-    if assignment.console.failure() is not None or assignment.claim.is_lost():
-        return False
     worker = None
     try:
+        if assignment.console.failure() is not None or assignment.claim.is_lost():
+            return False
         worker = _Worker(assignment)
         return _train(worker)
     except Exception as error:
@@ -77,8 +78,8 @@ def work(loop_config: dict[str, Any]) -> bool:
         permanence.note(assignment.claim.run, assignment.console, error)
         if ray.train.get_context().get_world_size() == 1:
             return False
-        # so that Ray Train ends the others, who wait for this one, and starts all anew: these find
-        # the reason and end at once
+        # raised so that Ray Train ends the other workers, which wait for this one. It then restarts
+        # all of them; they find the reason and end at once
         raise
     finally:
         if worker is not None:
@@ -108,7 +109,7 @@ def _train(worker: _Worker) -> bool:
 
 
 class _Worker:
-    """One training process: its model, its pictures and where it stands."""
+    """One training process: its model, its pictures and its place in the run."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment, self.config = assignment, assignment.config
@@ -122,7 +123,7 @@ class _Worker:
         # processes on one node share its cores evenly
         self.cores = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
         if self.device.type == "cpu":
-            # Ray gives a process one
+            # Ray limits each process to one
             torch.set_num_threads(self.config.train.threads or self.cores)
         cluster.configure_data()
         # one of Ray Train's loggers is named after a file, so that LoggingConfig misses it
@@ -141,7 +142,7 @@ class _Worker:
         self.steps_per_epoch = self.feed.num_steps()
         self.epoch = self.total_steps = self.step_in_epoch = self.pictures = 0
         self.saved_step = 0
-        """That of the newest checkpoint, or of the one that this run went on from."""
+        """Step of the newest checkpoint, or of the one that the run resumed from."""
         self.metrics: dict[str, float] = {}
         self.validated: set[str] = set()
         self.interruptions = Interruptions(assignment.console, self.config.train)
@@ -176,7 +177,7 @@ class _Worker:
         try:
             return cpus_for_decoding(self.config, self.world_size)
         except ValueError as error:
-            # in a run that had begun it is for lack of a node, which may come back
+            # in a resumed run the reason is a missing node, which may come back
             if run_folder.latest_step(self.assignment.claim.run) > 0:
                 raise RuntimeError(str(error)) from None
             raise
@@ -202,12 +203,13 @@ class _Worker:
         tracker_id = None
         uri = self._find_latest()
         if uri:
-            # an upload from a host that was cut off may still move the pointer, and prune
+            # an upload from a host that was cut off may still move the pointer and prune
             uri, resumed = run_folder.read(self._find_latest, self._load_for_resume)
             state, extra, self.feed.ledger = resumed
             self.optimizer.load_state_dict(extra["optimizer"])
             if self.average is not None:
-                # what is served is the average; what goes on training stands beside the optimizer
+                # the average is served; the weights that training continues with are beside the
+                # optimizer
                 self.average.load_state_dict(loop.as_average(self.captioner, extra["updates"]))
                 self.captioner.load_state_dict(extra["weights"])
             self.epoch, self.total_steps = state.epoch, state.step
@@ -249,12 +251,12 @@ class _Worker:
             self_critical.as_policy(self.model)
         left = self.feed.num_steps(self.feed.ledger)
         self.steps_this_epoch = self.step_in_epoch + left
-        # steps that would have led here with as many workers as there are now
+        # steps that would have led to this place with the present number of workers
         self.place = (self.epoch + 1) * self.steps_per_epoch - left
 
     def is_stale(self) -> bool:
-        """Whether so many validations brought nothing better that the run is to stop; every rank
-        must ask."""
+        """Whether early stopping ends the run: too many validations without a better one (a
+        collective: every rank must call it)."""
         patience = self.config.train.patience
         stale = patience is not None and validation.stale(self.journal.history) >= patience
         if loop.summed(float(stale and self.is_chief), self.device) == 0:
@@ -299,7 +301,7 @@ class _Worker:
             self.assignment.console.progress(title, self.step_in_epoch, self.steps_this_epoch)
 
     def log(self) -> None:
-        """A line, and a point in the tracker."""
+        """Log a line on the console and a point in the tracker."""
         self.journal.log(
             self.total_steps,
             self.epoch,
@@ -338,7 +340,7 @@ class _Worker:
         self.journal.tracker.log_captions(images, captions, references, self.total_steps)
 
     def _note_validations(self) -> None:
-        """Write down what the validations that ended since the last call have found."""
+        """Record the results of validations that ended since the last call."""
         if not self.is_chief:
             return
         for name, found in sorted(
@@ -364,10 +366,10 @@ class _Worker:
     # Checkpoints ------------------------------------------------------------------------------
 
     def checkpoint(self, to_validate: bool = False) -> None:
-        """Save here, upload in the background, and then validate if asked to.
+        """Save locally, upload in the background, and validate afterwards if asked to.
 
-        Rank 0 writes; every rank reports, which is a barrier. Where uploads are slower than
-        checkpoints come, training waits: what a failure costs stays bounded.
+        Rank 0 writes; every rank reports, which is a barrier. If uploads are slower than
+        checkpoints come, training waits, so that the cost of a failure stays bounded.
         """
         begun = time.perf_counter()
         self.journal.require_finite(self.total_steps, self.epoch)
@@ -417,12 +419,12 @@ class _Worker:
         self.journal.wait("checkpoint", time.perf_counter() - begun)
 
     def finish(self) -> None:
-        """Wait for what still goes on in the background, and close the tracker."""
+        """Wait for uploads and validations in the background, and close the tracker."""
         ray.train.get_all_reported_checkpoints()
         self._note_validations()
         self.stop()
 
     def stop(self) -> None:
-        """Close the tracker, and wait for nothing but uploads, as Ray Train does by itself."""
+        """Close the tracker. Only uploads are waited for, which Ray Train does by itself."""
         self.interruptions.close()
         self.journal.close()
