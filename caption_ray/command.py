@@ -1,8 +1,8 @@
-"""How every job looks where its output goes, and how it ends: what cannot work is told in a few
-lines, with what to do about it.
+"""What all jobs share: the check of their output before the work, and how they end on an error.
 
-A stack is for whoever develops this package. It goes to the console with `--debug`, else into a
-file that the last line names; an error that names its own remedy needs none.
+An error ends a job with a few lines that say what to do. Its stack is for developers of this
+package: it goes to the console with `--debug`, otherwise into a file that the last line names. An
+error that names its own remedy needs no stack.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from caption_ray.config import require
 
 PACKAGE = Path(__file__).parent
 LINES = 4
-"""Of a message, beside the one that names the file."""
+"""Most lines of a message, besides the one that names the file."""
 INTERRUPTED = 130
 """Exit status of a process that SIGINT ended, by the shells' convention."""
 
@@ -43,8 +43,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def check_output(option: str, uri: str, *, folder: bool) -> None:
-    """Raise ValueError, naming the option, its value and the remedy, unless what a job makes can be
-    written there now and stays there. Before the work, of which all would be lost."""
+    """Raise ValueError, naming the option, its value and the remedy, unless the output of a job can
+    be written there now and will stay there. Checked first, because all of the work would be
+    lost."""
     where = storage.resolve(uri)
     require(
         not (storage.is_local(where) and _is_copy_by_ray(Path(where))),
@@ -60,7 +61,7 @@ def check_output(option: str, uri: str, *, folder: bool) -> None:
 
 
 def _is_copy_by_ray(path: Path) -> bool:
-    """Whether the path leads into what Ray made of `--working-dir` on this node."""
+    """Whether the path lies in Ray's copy of `--working-dir` on this node."""
     return any(
         above == "working_dir_files" and name.startswith("_ray_pkg_")
         for above, name in zip(path.parts, path.parts[1:], strict=False)

@@ -60,8 +60,8 @@ class State:
     tracker_id: str | None
     """Run id in Weights & Biases."""
     pictures: int = 0
-    """Pictures learnt from since the run began, each as often as it was: over all epochs, as many
-    as these had if none was lost and none seen twice."""
+    """Pictures trained on since the run began, repetitions included. If none is lost and none is
+    seen twice, this is the sum over epochs of their pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,8 @@ def _without_aliases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def verify_upload(uri: str) -> None:
-    """Every file is there at its size; StorageError otherwise. That its bytes are right is what
-    `storage.write_bytes` has seen to."""
+    """Raise StorageError unless every file is there with its size. That the bytes are right was
+    checked by `storage.write_bytes`."""
     for name, entry in _read_manifest(uri).items():
         size = storage.size(storage.join(uri, name))
         if size != entry["bytes"]:

@@ -1,17 +1,19 @@
-"""Who may write to a run: one start of it at a time, which says so in the run's folder.
+"""Ownership of a run: only one start of it at a time may write to its folder.
 
-    <storage>/<run>/owner.json    which start that is and where it runs; its `beat` grows by one
-                                  every HEARTBEAT_SECONDS as long as it lives
+    <storage>/<run>/owner.json    which start owns the run and where it runs; its `beat` grows by
+                                  one every HEARTBEAT_SECONDS while the owner lives
 
-A start creates the file if there is none; of several, storage lets one succeed. Where there is one,
-its owner is dead if it ran on this machine and its process is gone, or if its beat does not change
-for SILENCE_SECONDS by the watch of who waits: clocks of different machines are not compared. What a
-dead owner left is replaced, and read back after SETTLE_SECONDS: of several, the last has it.
+A start creates the file if there is none; if several try at once, storage lets one succeed. If the
+file exists, its owner counts as dead if it ran on this machine and its process is gone, or if its
+beat does not change for SILENCE_SECONDS on the clock of the start that waits (the clocks of
+different machines are never compared). The file of a dead owner is replaced, and read back after
+SETTLE_SECONDS: if several replaced it, the last one owns the run.
 
-An owner looks before each beat, and before each commit, whether the file still names it. If it
-names another (--run.take-over), or is gone, the owner has lost the run: it stops and writes nothing
-more. Two who believe that they own a run, as they may after a pause between a look and a write, are
-so one again within a beat: who finds the other's id stops, and never again writes its own.
+Before each beat and before each commit an owner checks that the file still names it. If the file
+names another start (--run.take-over) or is gone, the owner has lost the run: it stops and writes
+nothing more. After a pause between check and write, two starts may both believe that they own the
+run. That ends within one beat: the one that finds the other's id stops and never writes its own
+again.
 """
 
 from __future__ import annotations
@@ -37,18 +39,18 @@ from caption_ray.config import from_dict
 OWNER = "owner.json"
 HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
-"""Long enough for an owner whose storage answers only at the sixth try."""
+"""Long enough for an owner whose storage answers only at the sixth attempt."""
 SETTLE_SECONDS = 1.0
-"""More than a write takes that began before somebody else's was read back."""
+"""Longer than a write that was already under way when another start read its own back."""
 LOOK_SECONDS = 0.5
-"""Between looks of who waits for a sign of life."""
+"""Seconds between looks while waiting for a sign of life."""
 SAME_START_SECONDS = 60.0
-"""Within which two answers of the system mean the same start of a process: its clock may have been
-set in between."""
+"""Two start times of a process that differ by less than this mean the same process: the system's
+clock may have been set in between."""
 
 
 class LostError(RuntimeError):
-    """The run belongs to another start of it now."""
+    """The run now belongs to another start of it."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,23 @@ class Owner:
     id: str = ""
     host: str = "unknown host"
     machine: str = ""
-    """Of which `pid` is meant: also tells containers apart."""
+    """The machine, boot and container in which `pid` is valid."""
     pid: int = 0
     started: float = 0.0
-    """When the process did, in seconds since 1970."""
+    """When the process started, in seconds since 1970."""
     job: str | None = None
-    """What `ray job stop` calls it, if it was submitted."""
+    """Its name for `ray job stop`, if it was submitted as a job."""
     since: str = "unknown time"
     beat: int = 0
     seen: str = "unknown time"
-    """Of the last beat, by the owner's clock: for people."""
+    """Time of the last beat on the owner's clock, for people to read."""
 
     def __str__(self) -> str:
         job = f" (job {self.job})" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
     def is_gone(self) -> bool:
-        """Whether it certainly no longer lives, as can be seen on its own machine only."""
+        """Whether it is certainly dead. Only a process on the same machine can tell."""
         if not self.machine or self.machine != _machine():
             return False
         try:
@@ -84,19 +86,19 @@ class Owner:
             return bool(abs(process.create_time() - self.started) > SAME_START_SECONDS)
         except psutil.NoSuchProcess:
             return True
-        except psutil.Error:  # it may not be looked at
+        except psutil.Error:  # we may not inspect it
             return False
 
 
 @dataclass(frozen=True)
 class Claim:
-    """On the run at a URI, by the start of this id: what driver and workers hold of it."""
+    """The claim of one start, by its id, on the run at a URI. Driver and workers hold a copy."""
 
     run: str
     id: str
 
     def require(self) -> None:
-        """Raise LostError if the run is another's by now."""
+        """Raise LostError if the run belongs to another start by now."""
         found = read(self.run)
         if found is None or found.id != self.id:
             why = "its owner.json was removed" if found is None else f"taken over by {found}"
@@ -118,18 +120,18 @@ def read(run: str) -> Owner | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        return Owner()  # just being created, or broken: one that is silent
+        return Owner()  # just being created, or damaged: an owner that gives no sign of life
 
 
 @contextmanager
 def held(
     run: str, *, job: str | None, take_over: bool, say: Callable[[str], None]
 ) -> Iterator[tuple[Claim, threading.Event]]:
-    """The run is this process's as long as the context lasts: the claim on it, and an event that is
-    set when it is lost.
+    """Own the run while the context lasts. Yields the claim, and an event that is set if it is
+    lost.
 
-    Waits, which it says, for a sign of life of an owner that may be dead. Raises ValueError if it
-    lives, unless asked to `take_over`.
+    If there is an owner that may be dead, it says so and waits for a sign of life. Raises
+    ValueError if that owner lives, unless asked to `take_over`.
     """
     own = _myself(job)
     _acquire(run, own, take_over, say)
@@ -141,7 +143,7 @@ def held(
     finally:
         over.set()
         heart.join()
-        with suppress(OSError):  # or it falls silent
+        with suppress(OSError):  # otherwise the claim expires by its silence
             if not claim.is_lost():
                 storage.delete(storage.join(run, OWNER))
 
@@ -182,7 +184,7 @@ def _acquire(run: str, own: Owner, take_over: bool, say: Callable[[str], None]) 
 def _beat(claim: Claim, own: Owner, lost: threading.Event, over: threading.Event) -> None:
     while not over.wait(HEARTBEAT_SECONDS):
         own = replace(own, beat=own.beat + 1, seen=_now())
-        with suppress(OSError):  # the next one may succeed
+        with suppress(OSError):  # the next beat may succeed
             if claim.is_lost():
                 lost.set()
                 return
@@ -203,7 +205,7 @@ def _myself(job: str | None) -> Owner:
 
 
 def _machine() -> str:
-    """Tells apart what has process ids of its own: machines, their boots, and containers."""
+    """Names what has process ids of its own: the machine, its boot, and the container."""
     parts = [socket.gethostname(), sys.platform]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

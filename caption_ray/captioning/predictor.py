@@ -126,8 +126,8 @@ class Predictor:
         each image from which captions are drawn if `search` has a temperature. There may be fewer
         captions than asked for where a short maximal length allows no more.
 
-        `on_words(image, words)` is called while the search goes on, with words as soon as they are
-        certain to stand in the best caption (or, of several that are drawn, in all of them).
+        `on_words(image, words)` is called during the search, with words as soon as they are certain
+        to be part of the best caption (or, of several that are drawn, of all of them).
 
         Raises ValueError for images of any other shape or type.
         """
@@ -153,7 +153,7 @@ class Predictor:
             [
                 self._caption(*one)
                 for one in zip(tokens[image], log_probs[image], attention[image], strict=True)
-                if one[1] != -math.inf  # not a number stays, to be noticed
+                if one[1] != -math.inf  # nan is kept, so that it is noticed
             ]
             for image in range(count)
         ]
@@ -164,8 +164,8 @@ class Predictor:
         threads: Executor,
         search: SearchConfig | None = None,
     ) -> list[Captioned]:
-        """The best caption of each encoded picture, decoded by `threads`; of one that is None or
-        cannot be decoded, why it has none. How is as in `predict`."""
+        """The best caption of each encoded picture (decoded by `threads`), or the reason why it has
+        none: it is None or cannot be decoded. `search` as in `predict`."""
 
         def decode(data: bytes | None) -> tuple[Images, Box] | str:
             try:
@@ -219,7 +219,7 @@ class Predictor:
         return pixels.to(self.device, non_blocking=True)
 
     def _tell(self, images: int, on_words: Callable[[int, list[str]], None]) -> OnStep:
-        """What turns the search's tokens into words that were not told before."""
+        """A callback that turns the search's tokens into the words that are new."""
         told = [0] * images
 
         def on_step(tokens: Tensor, decided: Tensor) -> None:

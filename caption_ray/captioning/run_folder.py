@@ -14,27 +14,31 @@
 
 Training writes here (commit, crown, release); everybody else reads (find, load).
 
-Commits, a validation and readers work at the same time, without a lock, and any may be killed
-between two operations. They rely only on this: objects appear, are replaced and disappear at once,
-and who looks afterwards sees it. So it is on local disks (rename) and on S3 (put, delete, list).
+A commit, a validation and readers work at the same time, without a lock, and each may be killed
+between two operations. They rely on one property of storage, which local disks (rename) and S3
+(put, delete, list) have: objects appear, are replaced and disappear atomically, and every later
+look sees it. The protocol:
 
-1. What decides is written once, by one writer: a checkpoint is whole while it has its manifest,
-   waits while it has `to-validate`, and its score is its file in validation/; a name that is whole
-   is not written to again. The pointers repeat what follows from these (`_settle`), so that two
-   writers lose nothing: whoever has written one looks again, until it agrees with what he finds.
-2. A commit writes `to-validate`, the files, the manifest, then the pointers, the best first.
-3. A validation writes the score, then best.json, and only then removes `to-validate`; one whose
-   checkpoint waits no longer (it is of a job that ended, see `release_all`) writes nothing.
-4. Pruning, the last part of a commit, decides on each checkpoint by itself: it looks for
-   `to-validate`, only after seeing none it settles the pointers anew, and removes what they do not
-   name, the manifest first. What waits no longer was crowned before, which the later look sees. At
-   last it settles once more: should a writer that was cut off have pointed to what was removed,
-   the pointer goes to another whole checkpoint. That writer does the same after he has written.
-5. Readers find and load, and start again while the answer changes (`read`).
+1. The facts are written once, by one writer. A checkpoint is whole while it has its manifest; it
+   waits for validation while it has `to-validate`; its score is its file in validation/. A whole
+   checkpoint is never written to again. The pointers only repeat what follows from these facts
+   (`_settle`): whoever writes a pointer looks again until the pointer agrees with the facts, so two
+   writers cannot lose anything.
+2. A commit writes `to-validate`, the files, the manifest, then the pointers, best.json first.
+3. A validation writes the score, then best.json, and only then removes `to-validate`. If its
+   checkpoint no longer waits (its job has ended, see `release_all`), it writes nothing.
+4. Pruning, the last part of a commit, decides on each checkpoint separately: it looks for
+   `to-validate`; only after seeing none it settles the pointers again; then it removes the
+   checkpoint if no pointer names it, the manifest first. A checkpoint that no longer waits was
+   crowned before, if at all, so this later look sees it. Finally pruning settles once more: if a
+   writer that was cut off has pointed to a removed checkpoint, the pointer moves to a whole one.
+   That writer does the same after its own write.
+5. Readers find and load, and start again as long as the answer changes (`read`).
 
-So a kill leaves the pointers on whole checkpoints. `release_all` and the next commit complete what
-it interrupted, and remove what it left: unfinished checkpoints, and whole ones beyond the one that
-the run went on from, of a commit that was killed before latest.json named its checkpoint.
+A kill therefore leaves the pointers on whole checkpoints. `release_all` and the next commit
+complete what was interrupted and remove what was left over: unfinished checkpoints, and whole ones
+beyond the one that the run resumed from, left by a commit that was killed before latest.json named
+its checkpoint.
 """
 
 from __future__ import annotations
@@ -66,9 +70,9 @@ HISTORY, FAILURE = "history.json", "failure.txt"
 VALIDATION, EVALUATION = "validation", "evaluation"
 
 CHANGES = 10
-"""How often a checkpoint may be removed before it could be read, each time for another."""
+"""How often a reader starts again because the checkpoint that it found was removed."""
 LOOKS, LOOK_SECONDS = 5, 0.1
-"""For another checkpoint than one that cannot be read."""
+"""How often, and after how many seconds, a reader looks whether another checkpoint is meant now."""
 
 T = TypeVar("T")
 
@@ -130,11 +134,11 @@ def commit(
 
 
 def crown(uri: str, found: dict[str, float]) -> bool:
-    """The validation of the checkpoint at `uri` found this: write it down, and let best.json name
-    the best; whether that is this one."""
+    """Record what the validation of the checkpoint at `uri` found, and let best.json name the best
+    checkpoint. Returns whether that is this one."""
     if not write_validation(uri, {**checkpoint.read_state(uri).metrics, **found}):
         return False
-    # not latest.json, which moves on meanwhile: that is the business of who commits
+    # only best.json: latest.json belongs to whoever commits
     return _settle(storage.parent(uri), ["best"]).get("best") == storage.name(uri)
 
 
@@ -144,8 +148,8 @@ def release(uri: str) -> None:
 
 
 def release_all(run: str) -> None:
-    """At the start, when nobody else writes: no validation of an earlier job goes on, and what it
-    left waiting may be pruned. Also removes half-written files, and puts the pointers right."""
+    """At the start of a job, when nobody else writes: release the checkpoints that an earlier job
+    left waiting for validation, remove half-written files, and correct the pointers."""
     storage.delete_partial(run)
     for name in _checkpoints(run):
         release(storage.join(run, name))
@@ -153,22 +157,23 @@ def release_all(run: str) -> None:
 
 
 def rank(metrics: dict[str, float]) -> tuple[float, float]:
-    """The greater, the better: checkpoints are ranked by CRITERION and, where that is equal, by the
-    validation loss.
+    """Greater is better: checkpoints are ranked by CRITERION, and by the validation loss where that
+    is equal.
 
-    It is equal for all where it says nothing: CIDEr-D weighs words by how few of the pictures they
-    belong to, so that a single validation picture always scores 0, as do captions of which no word
-    is right; and a captioner that says one thing of every picture has one score as long as it does.
+    CRITERION is equal for all where it cannot tell: CIDEr-D weighs words by how few pictures they
+    belong to, so a single validation picture always scores 0, and so do captions without any right
+    word; a captioner that says the same of every picture keeps one score as long as it does.
     """
     loss = metrics.get(LOSS, math.inf)
     return metrics.get(CRITERION, -math.inf), -math.inf if math.isnan(loss) else -loss
 
 
 def _settle(run: str, pointers: Sequence[Which] = POINTERS) -> dict[Which, str]:
-    """Let the pointers name what they should, and return that; nothing before the first commit.
+    """Let the pointers name the right checkpoints, and return these; none before the first commit.
 
-    The best is that of the highest rank among the whole checkpoints that were validated, the
-    earliest of equals. Else pointers stay, but that the newest replaces what is not whole.
+    The best is the whole, validated checkpoint of the highest rank, the earliest of equals. Apart
+    from that pointers stay as they are, except that the newest whole checkpoint replaces one that
+    is no longer whole.
     """
     while True:
         # the pointers before the scores: a score is written before best.json names its checkpoint
@@ -182,7 +187,7 @@ def _settle(run: str, pointers: Sequence[Which] = POINTERS) -> dict[Which, str]:
             right["best"] = max(validated, key=lambda name: rank(scores[name]))
         wrong = [which for which, name in right.items() if named[which].get("checkpoint") != name]
         if validated and named.get("best") and CRITERION not in named["best"]["metrics"]:
-            wrong.append("best")  # named as the only one, before its validation
+            wrong.append("best")  # it was named as the only checkpoint, before its validation
         if not wrong:
             return right
         for which in wrong:
@@ -192,7 +197,7 @@ def _settle(run: str, pointers: Sequence[Which] = POINTERS) -> dict[Which, str]:
             except CheckpointError:
                 if storage.exists(storage.join(run, name, checkpoint.MANIFEST)):
                     raise
-            else:  # else it was removed since: look again
+            else:  # if it was removed since, look again
                 _point(run, which, name, state, {**state.metrics, **scores[name]})
 
 
@@ -218,8 +223,8 @@ def _checkpoints(run: str) -> dict[str, bool]:
 
 
 def _remove_unfinished(run: str) -> list[str]:
-    """Remove what commits left that were killed; the checkpoints that stay. Nobody else writes any:
-    Ray Train uploads one after the other."""
+    """Remove what killed commits left behind; returns the checkpoints that stay. Nobody else writes
+    checkpoints of this run, because Ray Train uploads one after the other."""
     checkpoints = _checkpoints(run)
     for name, is_whole in checkpoints.items():
         storage.delete_partial(storage.join(run, name))
@@ -247,10 +252,10 @@ def _prune(run: str, newest: str, after: float, keep: int) -> None:
         uri = storage.join(run, name)
         if name in past and storage.exists(storage.join(uri, TO_VALIDATE)):
             continue
-        # only now: if it no longer waits, a validation that found it the best has crowned it
+        # only now: a validation that found it the best has crowned it before releasing it
         if name in _settle(run).values():
             continue
-        # the manifest first: what is left of a half-deleted checkpoint is then none
+        # the manifest first, so that a half-deleted checkpoint no longer counts as one
         storage.delete(storage.join(uri, checkpoint.MANIFEST))
         storage.delete(uri)
     _settle(run)
@@ -299,11 +304,11 @@ def load(uri: str, which: Which = "best") -> Loaded:
 
 
 def read(find: Callable[[], str], load: Callable[[str], T]) -> T:
-    """What `load` makes of the checkpoint that `find` finds.
+    """The result of `load` for the checkpoint that `find` returns.
 
-    A run that goes on may remove it in between, as it no longer is what is meant: as long as `find`
-    then finds another, that is loaded. Raises the CheckpointError of `load` if the answer stays
-    the same, and if it has changed too often.
+    A run that goes on may prune that checkpoint in between. As long as `find` then returns another
+    one, that is loaded instead. Raises the CheckpointError of `load` if the answer stays the same
+    or has changed too often.
     """
     uri = find()
     for remaining in reversed(range(CHANGES)):
@@ -317,7 +322,7 @@ def read(find: Callable[[], str], load: Callable[[str], T]) -> T:
 
 
 def _another(find: Callable[[], str], uri: str) -> str:
-    """What `find` finds instead of `uri`, if that changes within moments."""
+    """What `find` returns now, if that changes within moments; else `uri`."""
     for _ in range(LOOKS):
         if (found := find()) != uri:
             return found
@@ -353,7 +358,7 @@ def _read_pointer(run: str, which: Which) -> dict[str, Any] | None:
 
 
 def begin(run: str, config: Config, vocabulary: Vocabulary, data: dict[str, Any]) -> None:
-    """Write down what the run is started, or goes on, with."""
+    """Record what the run is started, or resumed, with."""
     _write_json(storage.join(run, CONFIG), to_dict(config))
     storage.write_bytes(storage.join(run, VOCABULARY), vocabulary.to_json().encode())
     _write_json(storage.join(run, DATA), data)
@@ -406,8 +411,8 @@ def forget_failure(run: str) -> None:
 
 
 def write_validation(uri: str, found: dict[str, Any]) -> bool:
-    """Keep what the validation of the checkpoint at `uri` found, or the `error` that ended it. One
-    that no longer waits is none of the run's validations any more: nothing is kept, and False."""
+    """Record what the validation of the checkpoint at `uri` found, or the `error` that ended it.
+    Returns False, and records nothing, if the checkpoint no longer waits for validation."""
     waits = storage.exists(storage.join(uri, TO_VALIDATE))
     if waits:
         _write_json(_validation_file(uri), found)

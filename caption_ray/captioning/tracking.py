@@ -1,6 +1,6 @@
 """Following a run: Weights & Biases, TensorBoard, or nothing but the console.
 
-What goes wrong with a tracker is told, once, and never stops what is tracked.
+If a tracker fails, the run says so once and goes on without it; an error here never stops training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from caption_ray.config import Config, to_dict
 INIT_SECONDS = 30.0
 """How long Weights & Biases may take to answer before the run goes on offline."""
 FINISH_SECONDS = 60.0
-"""How long a tracker may take to send what it holds back: all of it is in its files as well."""
+"""How long a tracker may take to send the rest of its data, which is in its files as well."""
 
 Cell: TypeAlias = str | float | bytes | None
 """Of a table; bytes are an encoded picture."""
@@ -74,7 +74,8 @@ class _Nothing:
 
 
 class _Guarded:
-    """A tracker whose first error is told with the way back to what it has, and is its last."""
+    """A tracker that is given up at its first error, with one line that says why and where its data
+    is."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class _Guarded:
         tracker = self._tracker
         if tracker is None:
             return
-        # on a thread that may be left behind: without a network it would wait for hours
+        # on a thread that may be abandoned: without a network this would wait for hours
         ended: list[Exception | None] = []
 
         def finish() -> None:
@@ -137,7 +138,7 @@ class _Guarded:
         if not self._broken:
             self._broken = True
             kept = f"; {self._tracker.kept}" if self._tracker else ""
-            self._tell(f"The tracker is left off: {_reason(error)}{kept}")
+            self._tell(f"Tracking stops, the run goes on: {_reason(error)}{kept}")
 
 
 def _reason(error: Exception) -> str:
@@ -174,7 +175,7 @@ class _WandB:
         except Exception as error:
             if mode == "offline":
                 raise
-            wandb.teardown()  # else it keeps what it knows of the key
+            wandb.teardown()  # otherwise it remembers the bad key
             self.run = init("offline")
             offline_because = _reason(error)
         self.kept = f"to send what it has: wandb sync {Path(self.run.dir).parent}"
@@ -274,8 +275,8 @@ def start(
 ) -> Tracker:
     """The tracker that `run.tracker` names; its files go below the local `folder`.
 
-    resume_id: the tracker id of the run to continue, None for a new one. tell: where it says that
-    it goes on offline, or not at all, and why; it raises nothing.
+    resume_id: the tracker id of the run to continue, None for a new one. tell: called with a line
+    if tracking goes on offline or stops, and why. Raises nothing.
     """
     if config.run.tracker == "none":
         return _Nothing()

@@ -1,9 +1,9 @@
-"""Which values a setting takes: names for types with their bounds, and the one check of them all.
+"""Which values settings may have: types with their bounds, and the one check for all of them.
 
 A bound stands on the field itself, in the `Annotated` type that these names stand for, and holds
-wherever the value comes from: command line, JSON, Python or serve_config.yaml. Two rules hold
-without any: a text is never blank (an empty value is mostly a shell variable that nobody set, not
-an absent one), and a number is neither nan nor infinite.
+wherever the value comes from: command line, JSON, Python or serve_config.yaml. Two rules hold for
+all settings: a text is never blank (an empty value usually comes from an unset shell variable, and
+does not mean an absent one), and a number is neither nan nor infinite.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SMALLEST = 1e-6
 """Least temperature and top_p: far below, they are zero in float32 and there is nothing to draw."""
 
 MOST, HIGHEST = 2**31 - 1, 1e9
-"""Largest numbers of most settings: what 32 bits count to, and what multiplied by a weight or a
-time is still a number. A remedy mentions them only to whoever exceeds them."""
+"""Upper bounds of most settings: the largest 32-bit integer, and a number that is still finite when
+multiplied by a weight or a time. Messages mention them only if they are exceeded."""
 
 RULES = ConfigDict(allow_inf_nan=False, str_min_length=1)
 """pydantic's form of the two rules; that blanks alone are no text either is for `check`."""
@@ -33,7 +33,7 @@ RULES = ConfigDict(allow_inf_nan=False, str_min_length=1)
 
 @dataclass(frozen=True)
 class Give:
-    """What to give for a setting, in words: instead of those that its type and bounds make."""
+    """What to give for a setting, in words that replace those made from its type and bounds."""
 
     words: str
 
@@ -141,8 +141,8 @@ def option_name(path: str) -> str:
 def from_environment(variable: str) -> str | None:
     """The value of an environment variable, None if it is not set.
 
-    Raises ValueError, naming it, if it is set to nothing: what a script with an unset variable of
-    its own exports, which must not pass for a path, a bucket or the wish for no tokens.
+    Raises ValueError, naming it, if it is set but empty: scripts export that when a variable of
+    their own is unset, and it must not be taken for a path, a bucket or the absence of tokens.
     """
     value = os.environ.get(variable)
     if value is not None and not value.strip():

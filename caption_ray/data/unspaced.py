@@ -34,8 +34,8 @@ def warning(captions: Iterable[str]) -> str | None:
         return None
     return (
         f"warning: these captions have {count / len(words):.1f} words of {characters / count:.1f} "
-        "characters on average, as if each were one word: their language has no spaces between "
-        "words: each counts as one word. Put spaces between words, or between characters"
+        "characters on average. Their language has no spaces between words, so that COCO's "
+        "tokenizer takes each for one word: put spaces between words, or between characters"
     )
 
 

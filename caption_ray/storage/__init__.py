@@ -111,7 +111,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def check_writable(uri: str, *, folder: bool) -> None:
     """Raise ValueError or StorageError, naming `uri`, unless a file of this name, or files in this
-    `folder`, can be written now. Before long work; leaves nothing, and changes nothing there."""
+    `folder`, can be written now. To be asked before long work; changes nothing there."""
     where = resolve(uri)
     if not folder and uri.endswith("/"):
         raise wrong_kind(uri, folder)
@@ -119,9 +119,10 @@ def check_writable(uri: str, *, folder: bool) -> None:
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Create the object unless there is one of this name; whether it did, for one of several who
-    try at once. Not so where the server knows no conditional writes, nor if the answer was lost:
-    then whoever needs to be sure reads it back. On a disk, a reader may find it empty at first."""
+    """Create the object unless there is one of this name. Returns whether it did; of several who
+    try at once, one succeeds. That is not certain on a server without conditional writes, or if its
+    answer was lost: whoever needs to be sure must read the object back. On a disk, a reader may
+    find it empty for a moment."""
     return _retried(uri, lambda backend, where: backend.create(where, data))
 
 

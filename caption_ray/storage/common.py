@@ -36,7 +36,7 @@ class DamagedError(StorageError):
 
 
 def wrong_kind(uri: str, folder: bool) -> ValueError:
-    """For what is there and is not what is to be written."""
+    """The error for a file where a folder is meant, or the reverse."""
     if folder:
         return ValueError(f"{uri}: is there, and no folder; name another")
     return ValueError(f"{uri}: a folder (or a device); name a file")
@@ -88,7 +88,7 @@ class Backend(Protocol):
 
 
 def read_timeout() -> float:
-    """Seconds; asked for whenever it is needed, so that importing this fixes nothing."""
+    """Seconds, read from the environment at each use and not at import."""
     value = os.environ.get(READ_TIMEOUT_VARIABLE, "30")
     try:
         seconds = float(value)

@@ -50,11 +50,11 @@ class S3:
             multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES
         )
         self.doubted: dict[str, str] = {}
-        """URI -> MD5 of what was read last where the server's ETag is another one."""
+        """URI -> MD5 of the bytes last read, where the server's ETag differs from it."""
         self.opaque: set[str] = set()
         """Buckets whose ETags are no MD5 of the content."""
         self.known: set[str] = set()
-        """Buckets that there are, although an object was not."""
+        """Buckets that are known to exist."""
 
     def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
         extra = {"Range": f"bytes={window[0]}-{window[0] + window[1] - 1}"} if window else {}

@@ -1,4 +1,4 @@
-"""What a run says of itself: lines for the console, points for the tracker, and its history."""
+"""What a run reports: lines for the console, points for the tracker, and its history."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """Sums what steps report, and writes it down now and then: on rank 0, the others only sum."""
+    """Sums what steps report and logs it once in a while. Only rank 0 logs; the others just sum."""
 
     def __init__(
         self, config: Config, claim: Claim, console: Console, device: torch.device
@@ -37,8 +37,8 @@ class Journal:
         self.begin_epoch()
 
     def open(self, step: int, tracker_id: str | None) -> None:
-        """Go on with the run's history up to `step`, on the tracker's page of that id. For the
-        rank that writes."""
+        """Continue the run's history from `step`, on the tracker's page of that id. Only for the
+        rank that logs."""
         self.history = [
             point for point in run_folder.read_history(self.run) if point["step"] <= step
         ]
@@ -76,13 +76,13 @@ class Journal:
         self.window_start = time.perf_counter()
 
     def note(self, sums: loop.Sums, norm: Tensor) -> None:
-        """One step, still on the device."""
+        """Add one step, whose values are still on the device."""
         self.sums.add(sums)
         self.window.append(sums.nll + norm)
         self.norms.append(norm)
 
     def wait(self, what: str, seconds: float) -> None:
-        """Time that steps spent waiting: for `data`, for `reward`s, for a `checkpoint`."""
+        """Add time that steps spent waiting for `data`, `reward`s or a `checkpoint`."""
         self.waits[what] = self.waits.get(what, 0.0) + seconds
 
     def require_finite(self, step: int, epoch: int) -> None:
@@ -103,7 +103,7 @@ class Journal:
     def log(self, step: int, epoch: int, step_in_epoch: int, progress: float, rate: float) -> None:
         """Close the window of steps since the last call: a line, and a point in the tracker.
 
-        progress: epochs done, with a fraction; rate: the learning rate. Every rank must call.
+        progress: epochs done, with a fraction; rate: the learning rate. A collective.
         """
         self.require_finite(step, epoch)
         sums = self.sums.reduced()
@@ -135,7 +135,7 @@ class Journal:
     ) -> None:
         """A line and a point for a finished epoch; `errors`: this rank's unreadable pictures.
 
-        Every rank must call.
+        A collective: every rank must call it.
         """
         seconds = time.perf_counter() - self.epoch_start
         bad = loop.summed(float(len(errors)), self.device)
@@ -161,8 +161,8 @@ class Journal:
                 self.tracker.log_table("bad_images", table, step)
 
     def close(self) -> None:
-        """Close the tracker, and put its files and the history beside the checkpoints, unless they
-        are another's by now."""
+        """Close the tracker, and store its files and the history beside the checkpoints, unless the
+        run belongs to another start by now."""
         if self.tracker is None:
             return
         self.tracker.finish()
@@ -172,5 +172,5 @@ class Journal:
                 storage.upload(self._folder, self.run)
 
     def clean_up(self) -> None:
-        """Remove its temporary files, however the run ended."""
+        """Remove temporary files, however the run ended."""
         self._scratch.close()

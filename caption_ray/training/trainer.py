@@ -128,7 +128,7 @@ def _train(
     start: Loaded | None,
     gpus: int,
 ) -> None:
-    """Have Ray's workers train, to the end of the run."""
+    """Train with Ray's workers, to the end of the run."""
     resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if gpus else {})
     run_folder.forget_failure(claim.run)
     pictures = shared = ray.put(dataset)
@@ -166,13 +166,16 @@ def _train(
             ),
         )
         while not _fit(trainer, claim, lost, shown):
-            shown.say("The workers' last lives are used up, but they got further: starting anew")
+            shown.say(
+                "Workers died as often as --train.max-failures allows, but the run got further: "
+                "restarting"
+            )
 
 
 def _check_start(config: Config) -> None:
-    """Raise ValueError or OSError, before a worker starts, for what would end all of them."""
+    """Raise ValueError or OSError, before workers start, for what would end each of them."""
     workers = config.train.min_workers or config.train.num_workers
-    # where there are too few for the workers, nodes that start on demand may bring more
+    # if there are too few even for the workers, nodes that start on demand may bring more
     if workers * config.train.cpus_per_worker <= cluster.num_cpus():
         cpus_for_decoding(config, workers)
     if config.train.start_from is None and config.model.encoder.weights != "none":
@@ -182,9 +185,8 @@ def _check_start(config: Config) -> None:
 def _fit(
     trainer: TorchTrainer, claim: Claim, lost: threading.Event, shown: console.Console
 ) -> bool:
-    """Have Ray start workers, and replace them as often as it may; whether the run is complete.
-
-    Otherwise it got further, so that it is worth going on.
+    """Let Ray start workers and replace them as often as allowed. Returns whether the run is
+    complete; if not, it got further, so another attempt is worth it.
     """
     run = claim.run
     # Ray's own record of checkpoints would be restored under the same name, and fails where one
@@ -197,11 +199,13 @@ def _fit(
         complete = console.call_until_told_to_stop(trainer.fit, shown.stop, lost).return_value
     except TrainingFailedError as error:
         failed = error
-    try:
-        claim.require()
-    except LostError as error:
-        raise RunError(str(error)) from failed
-    reason = shown.failure() or run_folder.failure(run)
+    reason = shown.failure()  # first, since the reason may be that storage cannot be read
+    if reason is None:
+        try:
+            claim.require()
+        except LostError as error:
+            raise RunError(str(error)) from failed
+        reason = run_folder.failure(run)
     if reason is not None:
         raise RunError(reason)
     if failed is not None and run_folder.latest_step(run) == before:
@@ -215,8 +219,8 @@ def _fit(
 
 
 def _start(config: Config) -> Loaded | None:
-    """The checkpoint that the run starts from, if it does. Loaded once, and for all workers: the
-    run that it belongs to may go on, and remove it."""
+    """The checkpoint that the run starts from, if any. It is loaded once for all workers, because
+    the run that it belongs to may go on and prune it."""
     uri = config.train.start_from
     if uri is None:
         return None

@@ -186,7 +186,7 @@ def test_a_tracker_that_cannot_write_is_left_off(kind, tmp_path, monkeypatch):
     tracker = tracking.start(_settings(kind), tmp_path / "file" / "run", "an-id", said.append)
     _use(tracker)
     (line,) = said
-    assert line.startswith("The tracker is left off: NotADirectoryError: ")
+    assert line.startswith("Tracking stops, the run goes on: NotADirectoryError: ")
     assert tracker.id == "an-id", "a restarted run may find its page again"
 
 
@@ -217,7 +217,7 @@ def test_a_tracker_that_dies_is_told_once_and_left_alone():
     tracker.log({}, 2)
     _use(tracker)
     told = "BrokenPipeError: the service is gone; to send what it has: wandb sync X"
-    assert said == [f"The tracker is left off: {told}"]
+    assert said == [f"Tracking stops, the run goes on: {told}"]
     assert inner.calls == [1, 2]
 
 
@@ -234,5 +234,5 @@ def test_a_tracker_that_hangs_at_its_end_is_not_waited_for(monkeypatch):
 def test_a_tracker_that_fails_at_its_end_is_told():
     said = []
     tracking._Guarded(lambda: _Fails(lambda: 1 / 0), None, said.append).finish()
-    assert said == ["The tracker is left off: ZeroDivisionError: division by zero; "
+    assert said == ["Tracking stops, the run goes on: ZeroDivisionError: division by zero; "
                     "to send what it has: wandb sync X"]  # fmt: skip
