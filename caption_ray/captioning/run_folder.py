@@ -15,15 +15,13 @@
 Training writes here (commit, crown, release); everybody else reads (find, load).
 
 A commit, a validation and readers work at the same time, without a lock, and each may be killed
-between two operations. They rely on one property of storage, which local disks (rename) and S3
-(put, delete, list) have: objects appear, are replaced and disappear atomically, and every later
-look sees it. The protocol:
+between two operations. They rely on what local disks (rename) and S3 (put, delete, list) give:
+objects appear, are replaced and disappear atomically, and every later look sees it. The protocol:
 
 1. The facts are written once, by one writer. A checkpoint is whole while it has its manifest; it
    waits for validation while it has `to-validate`; its score is its file in validation/. A whole
    checkpoint is never written to again. The pointers only repeat what follows from these facts
-   (`_settle`): whoever writes a pointer looks again until the pointer agrees with the facts, so two
-   writers cannot lose anything.
+   (`_settle`): whoever writes one looks again until it agrees with the facts, so nothing is lost.
 2. A commit writes `to-validate`, the files, the manifest, then the pointers, best.json first.
 3. A validation writes the score, then best.json, and only then removes `to-validate`. If its
    checkpoint no longer waits (its job has ended, see `release_all`), it writes nothing.
@@ -36,9 +34,8 @@ look sees it. The protocol:
 5. Readers find and load, and start again as long as the answer changes (`read`).
 
 A kill therefore leaves the pointers on whole checkpoints. `release_all` and the next commit
-complete what was interrupted and remove what was left over: unfinished checkpoints, and whole ones
-beyond the one that the run resumed from, left by a commit that was killed before latest.json named
-its checkpoint.
+complete what was interrupted, and remove unfinished checkpoints and whole ones beyond the one that
+the run resumed from: their commit was killed before latest.json named them.
 """
 
 from __future__ import annotations
@@ -160,9 +157,8 @@ def rank(metrics: dict[str, float]) -> tuple[float, float]:
     """Greater is better: checkpoints are ranked by CRITERION, and by the validation loss where that
     is equal.
 
-    CRITERION is equal for all where it cannot tell: CIDEr-D weighs words by how few pictures they
-    belong to, so a single validation picture always scores 0, and so do captions without any right
-    word; a captioner that says the same of every picture keeps one score as long as it does.
+    CRITERION cannot tell where it is equal for all: CIDEr-D weighs words by how few pictures they
+    belong to, so a single validation picture always scores 0, as do captions without a right word.
     """
     loss = metrics.get(LOSS, math.inf)
     return metrics.get(CRITERION, -math.inf), -math.inf if math.isnan(loss) else -loss
