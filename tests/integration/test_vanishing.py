@@ -17,9 +17,17 @@ from ray.job_submission import JobSubmissionClient
 
 context = ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=True)
 client = JobSubmissionClient(f"http://{context.dashboard_url}")
-job = client.submit_job(
-    entrypoint=f"{sys.executable} jobs/train.py shapes", runtime_env={"working_dir": sys.argv[1]}
-)
+while True:
+    try:
+        job = client.submit_job(
+            entrypoint=f"{sys.executable} jobs/train.py shapes",
+            runtime_env={"working_dir": sys.argv[1]},
+        )
+        break
+    except RuntimeError as error:  # a fresh cluster's dashboard is there before its node's agent
+        if "No available agent" not in str(error):
+            raise
+        time.sleep(0.5)
 while not client.get_job_status(job).is_terminal():
     time.sleep(0.5)
 print(client.get_job_logs(job))
