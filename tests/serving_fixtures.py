@@ -28,7 +28,7 @@ from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.predictor import Caption, Predictor, prepare_with_box
 from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, SearchConfig
 from caption_ray.model.captioner import build_captioner
-from caption_ray.serving.contract import Answer, Options, Status
+from caption_ray.serving.contract import Answer, NextWords, Options, Status
 from caption_ray.serving.http import build_http
 from caption_ray.serving.replica import describe
 from caption_ray.serving.service import Settings
@@ -120,19 +120,25 @@ class LocalBackend:
         assert isinstance(parts[-1], Answer)
         return parts[-1]
 
-    async def stream(self, picture: bytes, options: Options) -> AsyncIterator[list[str] | Answer]:
+    async def stream(self, picture: bytes, options: Options) -> AsyncIterator[NextWords | Answer]:
         self.calls.append(options)
         image, box = prepare_with_box(picture, self.predictor.encoder_config)
         await asyncio.sleep(self.delay_s)
         if self.raises is not None:
             raise self.raises
-        words: list[list[str]] = []
+        words: list[NextWords] = []
+        tokenizer = self.predictor.vocabulary.tokenizer
+
+        def tell(_: int, new: list[str]) -> None:
+            before = tokenizer.separator if words else ""
+            words.append(NextWords(new, before + tokenizer.join(new)))
+
         found = self.predictor.predict(
             image[None],
             options.search(self.predictor.search),
             options.num_return,
             [options.seed],
-            lambda _, new: words.append(new),
+            tell,
         )
         for new in words:
             yield new

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.ptb import tokenize
 from caption_ray.data.vocabulary import Vocabulary
 
 

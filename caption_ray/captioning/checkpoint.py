@@ -242,7 +242,7 @@ def _require_same(one: Loaded, other: Loaded) -> None:
     differs = [
         name
         for name, same in {
-            "the vocabulary": one.vocabulary.words == other.vocabulary.words,
+            "the vocabulary": one.vocabulary == other.vocabulary,
             f"image_size ({a.image_size} and {b.image_size})": a.image_size == b.image_size,
             f"image_fit ({a.image_fit} and {b.image_fit})": a.image_fit == b.image_fit,
         }.items()

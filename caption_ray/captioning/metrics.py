@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.tokenizer import PTB, Tokenizer
 
 Words = Sequence[str]
 Ngram = tuple[str, ...]
@@ -46,12 +46,16 @@ class Scores:
 
 
 def score(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], java: bool = False
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    java: bool = False,
+    tokenizer: Tokenizer = PTB,
 ) -> Scores:
     """All metrics of one caption for each image, against what people wrote of it.
 
-    METEOR and SPICE are computed if `java` and everything they need is there. Raises MetricsError
-    if there is nothing to compare.
+    METEOR and SPICE are computed if `java` and everything they need is there. Only the scores of
+    the tokenizer `ptb` are those of COCO's evaluation. Raises MetricsError if there is nothing to
+    compare.
     """
     if not hypotheses or len(hypotheses) != len(references) or not all(references):
         raise MetricsError(
@@ -59,8 +63,8 @@ def score(
             f"{sum(not r for r in references)} have no reference: give one caption for each image, "
             "and at least one reference"
         )
-    told = [tokenize(caption) for caption in hypotheses]
-    wanted = [[tokenize(caption) for caption in captions] for captions in references]
+    told = [tokenizer.scored(caption) for caption in hypotheses]
+    wanted = [[tokenizer.scored(caption) for caption in captions] for captions in references]
     corpus: dict[str, float] = {}
     per_image: list[dict[str, float]] = [{} for _ in told]
     # COCO's BLEU and CIDEr-D part words at every kind of space, also at the one that the tokenizer

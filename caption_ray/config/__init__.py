@@ -45,6 +45,7 @@ from caption_ray.config.settings import (
     EncoderConfig,
     ModelConfig,
     RunConfig,
+    TokenizerName,
     TrainConfig,
     default_storage,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "SearchOverrides",
     "Seed",
     "Size",
+    "TokenizerName",
     "TrainConfig",
     "Uri",
     "check",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ from caption_ray.config.bounds import (
     require,
 )
 from caption_ray.config.search import SearchConfig, check_lengths
+
+TokenizerName: TypeAlias = Literal["ptb", "whitespace", "characters"]
 
 STORAGE_VARIABLE = "CAPTION_RAY_STORAGE"
 """Environment variable that moves the default run storage, for jobs and serving alike."""
@@ -63,6 +65,12 @@ class DataConfig(Section):
     caption_length: Annotated[int, Field(ge=3, le=1000)] = 22
     """Tokens of a training caption, including its start and end tokens; longer captions are cut.
     """
+
+    tokenizer: TokenizerName = "ptb"
+    """What is a word. `ptb`: what COCO's evaluation takes for one, in lower case and without
+    punctuation; `whitespace`: what stands between two spaces, unchanged, for captions that another
+    tool has cut into words; `characters`: each character, for languages without spaces between
+    words. Vocabulary and checkpoints keep it, and metrics and serving use theirs."""
 
     min_word_count: Count = 5
     """Words that are rarer than this in the training captions become the unknown word."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from pycocotools.coco import COCO
 
 from caption_ray.data import json_entries
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.ptb import tokenize
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 """Karpathy's names -> ours; his `restval` is trained on, as everybody does."""

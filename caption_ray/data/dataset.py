@@ -5,7 +5,8 @@ Training, evaluation and the feature cache read through it; nothing here needs R
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from shlex import quote
@@ -19,7 +20,7 @@ from caption_ray.data import feature_shards, shards
 from caption_ray.data.rows import READ_THREADS, fingerprint, to_row
 from caption_ray.data.shards import INDEX_FILE, Index, Shard
 from caption_ray.data.sources import Record, find_splits
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.tokenizer import PTB
 
 RAW_IMAGES = 64
 """Raw pictures that one task reads."""
@@ -133,7 +134,8 @@ class DataSet:
 
     uri: str
     splits: Mapping[str, Sequence[Unit]]
-    word_counts: dict[str, int]
+    word_counts: Mapping[str, int]
+    """How often each word, as the tokenizer `ptb` cuts them, stands in the training captions."""
     digest: str
     """Digest of which pictures with which captions stand where: an epoch's ledger is only valid for
     this one."""
@@ -143,6 +145,13 @@ class DataSet:
         if split not in self.splits:
             raise ValueError(f"{self.uri}: no split {split!r}; it has {', '.join(self.splits)}")
         return [unit.rows for unit in self.splits[split]]
+
+    def training_captions(self) -> Iterator[str]:
+        """All captions of the training split, read without its pictures."""
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            for unit in threads.map(lambda unit: unit.captions(), self.splits["train"]):
+                for captions in unit:
+                    yield from captions
 
 
 def read_index(uri: str) -> Index:
@@ -174,7 +183,7 @@ def open_shards(uri: str) -> DataSet:
 def open_source(uri: str, *, seed: int) -> DataSet:
     """The pictures of a COCO layout read from where they are, without ingest, in shuffled order."""
     splits: dict[str, list[Unit]] = {}
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     order_of: dict[str, list[list[Record]]] = {}
     for split, content in find_splits(uri).items():
         order = np.random.default_rng(seed).permutation(len(content.records))
@@ -187,6 +196,5 @@ def open_source(uri: str, *, seed: int) -> DataSet:
         if split == "train":
             for record in records:
                 for caption in record.picture.captions:
-                    for word in tokenize(caption):
-                        counts[word] = counts.get(word, 0) + 1
+                    counts.update(PTB(caption))
     return DataSet(storage.resolve(uri), splits, counts, fingerprint(order_of, None))

@@ -28,7 +28,7 @@ from caption_ray.data.dataset import read_index
 from caption_ray.data.rows import READ_THREADS, fingerprint, to_row
 from caption_ray.data.shards import INDEX_FILE, Index, LeftOut, Shard
 from caption_ray.data.sources import Record, Split, find_splits
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.tokenizer import PTB
 
 RECEIPTS = ".receipts"
 """Folder of the receipts of an unfinished ingest, below its output."""
@@ -37,10 +37,6 @@ SHARD_NAME = re.compile(r"\d+-of-\d+\.parquet")
 
 IMAGES_PER_SHARD = 500
 """Default size of a shard: 10 MB of shrunk COCO, one request of object storage."""
-
-
-LANGUAGE_SAMPLE = 1000
-"""Pictures whose captions tell which language they are in."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +67,8 @@ def ingest(
     """
     source, out = storage.resolve(source), storage.resolve(out)
     found = find_splits(source, splits=splits, karpathy=karpathy)
-    first = next(iter(found.values())).records[:LANGUAGE_SAMPLE]
-    unspaced.warn(caption for record in first for caption in record.picture.captions)
+    first = next(iter(found.values()))
+    unspaced.warn(caption for record in first.records for caption in record.picture.captions)
     parts = {split: _shuffled(content, images_per_shard, seed) for split, content in found.items()}
     wanted = fingerprint(parts, image_size)
 
@@ -225,9 +221,7 @@ def _write_shard(
     rows = [row for row in results if row["error"] is None]
     split = file.partition("/")[0]
     left_out = [LeftOut(split, r["file_name"], r["error"]) for r in results if r["error"]]
-    counts = Counter(
-        word for row in rows for caption in row["captions"] for word in tokenize(caption)
-    )
+    counts = Counter(word for row in rows for caption in row["captions"] for word in PTB(caption))
     data = shards.to_bytes(rows)
     if rows:
         storage.write_bytes(storage.join(out, file), data)

@@ -92,7 +92,7 @@ class Index:
     """Of the shuffle over shards."""
     splits: dict[str, list[Shard]]
     word_counts: dict[str, int]
-    """How often each word stands in the captions of the training split."""
+    """How often each word stands in the captions of the training split (tokenizer `ptb`)."""
     left_out: list[LeftOut] = field(default_factory=list)
     format: int = FORMAT
 

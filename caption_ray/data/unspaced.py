@@ -1,20 +1,26 @@
 """Whether captions are in a language that puts no spaces between words.
 
-COCO's tokenizer takes what has no space in it for one word: each Chinese, Japanese or Thai caption
-would be a word of its own, which no captioner can learn and no metric can compare.
+COCO's tokenizer (`ptb`) takes what has no space in it for one word: each Chinese, Japanese or Thai
+caption would be a word of its own, which no captioner can learn and no metric can compare.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Iterable
+
+from caption_ray.data.tokenizer import PTB, Tokenizer
 
 _RUN = re.compile(
     "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao; Tibetan; Burmese; Khmer
     "\u3005-\u3007\u3040-\u30ff\uff66-\uff9f"  # kana
     "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"  # Han
 )
+
+SAMPLE = 5000
+"""Captions that tell which language a data set is in."""
 
 LONGEST_MEAN = 6.0
 """Characters between spaces, on average, in captions whose words are parted by spaces all the same:
@@ -34,13 +40,14 @@ def warning(captions: Iterable[str]) -> str | None:
         return None
     return (
         f"warning: these captions have {count / len(words):.1f} words of {characters / count:.1f} "
-        "characters on average. Their language has no spaces between words, so that COCO's "
-        "tokenizer takes each for one word: put spaces between words, or between characters"
+        "characters on average. Their language has no spaces between words, so that the tokenizer "
+        "`ptb`, which is COCO's, takes each for one word: use `characters` (--data.tokenizer of a "
+        "training, --tokenizer of metrics), or put spaces between words"
     )
 
 
-def warn(captions: Iterable[str]) -> None:
-    """Tell it on the console."""
-    text = warning(captions)
+def warn(captions: Iterable[str], tokenizer: Tokenizer = PTB) -> None:
+    """Tell it on the console if the first captions are so, unless `tokenizer` can cut them."""
+    text = warning(itertools.islice(captions, SAMPLE)) if tokenizer == PTB else None
     if text is not None:
         print(text, file=sys.stderr, flush=True)

@@ -16,9 +16,10 @@ from typing import Any
 
 from caption_ray import command, storage
 from caption_ray.captioning.metrics import MetricsError, Scores, score
-from caption_ray.config import Uri, parse_arguments
+from caption_ray.config import TokenizerName, Uri, parse_arguments
 from caption_ray.data import json_entries, unspaced
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.ptb import tokenize
+from caption_ray.data.tokenizer import Tokenizer
 
 
 def read_references(uri: str) -> dict[int, list[str]]:
@@ -105,6 +106,9 @@ class Arguments:
     """COCO caption annotations: a file or URI."""
     results: Uri
     """Captions as COCO's evaluation server takes them: a file or URI."""
+    tokenizer: TokenizerName = "ptb"
+    """What is a word (see --data.tokenizer of training): only with `ptb`, COCO's own, can scores be
+    compared with published ones."""
     java: bool = True
     """Also METEOR and SPICE, if Java and pycocoevalcap are there."""
 
@@ -113,9 +117,10 @@ def main() -> None:
     arguments = parse_arguments(Arguments)
     references, results = read_references(arguments.references), read_results(arguments.results)
     told, wanted = match(references, results)
-    scores = score(told, wanted, java=arguments.java)
-    unspaced.warn(caption for captions in wanted for caption in captions)
-    empty = sum(not tokenize(caption) for caption in told)
+    tokenizer = Tokenizer(arguments.tokenizer)
+    scores = score(told, wanted, arguments.java, tokenizer)
+    unspaced.warn((caption for captions in wanted for caption in captions), tokenizer)
+    empty = sum(not tokenizer(caption) for caption in told)
     if empty:  # which a captioner may well say, so it scores
         print(f"note: {empty} captions of {arguments.results} have no word", file=sys.stderr)
     print(table(scores))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,7 @@ from caption_ray.captioning.checkpoint import Loaded
 from caption_ray.config import SearchConfig
 from caption_ray.data import unspaced
 from caption_ray.data.dataset import DataSet
-from caption_ray.data.rows import READ_THREADS
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.tokenizer import Tokenizer
 from caption_ray.evaluation import evaluate, report
 from caption_ray.evaluation.pointing import Pointing, point
 
@@ -90,15 +88,17 @@ def make(
     if not records:
         first = f"{unread[0]['file']}: {unread[0]['error']}" if unread else "there is none"
         raise ValueError(f"{dataset.uri}: no picture of {split} can be read, the first: {first}")
-    unspaced.warn(caption for record in records for caption in record["references"])
+    tokenizer = loaded.vocabulary.tokenizer
+    unspaced.warn((text for record in records for text in record["references"]), tokenizer)
     scores = metrics.score(
         [record["caption"] for record in records],
         [record["references"] for record in records],
         java,
+        tokenizer,
     )
     for record, values in zip(records, scores.per_image, strict=True):
         record["scores"] = values
-    figures = {**scores.corpus, **describe(records, dataset, seconds)}
+    figures = {**scores.corpus, **describe(records, dataset, seconds, tokenizer)}
     tables = report.tables(records)
     card = Scorecard(
         figures,
@@ -111,9 +111,11 @@ def make(
     return card
 
 
-def describe(records: list[dict[str, Any]], dataset: DataSet, seconds: float) -> dict[str, float]:
+def describe(
+    records: list[dict[str, Any]], dataset: DataSet, seconds: float, tokenizer: Tokenizer
+) -> dict[str, float]:
     """Figures that need no reference, and the pointing game."""
-    told = [tokenize(record["caption"]) for record in records]
+    told = [tokenizer.scored(record["caption"]) for record in records]
     figures = {
         "images": float(len(records)),
         "words per caption": sum(map(len, told)) / len(told),
@@ -122,7 +124,8 @@ def describe(records: list[dict[str, Any]], dataset: DataSet, seconds: float) ->
         "images per second": len(records) / seconds,
     }
     if "train" in dataset.splits:
-        known = _training_captions(dataset)
+        # what people wrote, of which a captioner may know whole captions
+        known = {tuple(tokenizer.scored(caption)) for caption in dataset.training_captions()}
         novel = sum(tuple(words) not in known for words in told)
         figures["share of novel captions"] = novel / len(told)
     pointing = Pointing(0, 0, 0.0)
@@ -138,15 +141,6 @@ def describe(records: list[dict[str, Any]], dataset: DataSet, seconds: float) ->
     if drawn["true"] > 0:  # captions that follow the grammar of the drawn scenes
         figures |= {f"scenes {what}": share for what, share in drawn.items()}
     return figures
-
-
-def _training_captions(dataset: DataSet) -> set[tuple[str, ...]]:
-    """What people wrote in the training split, of which a captioner may know whole captions."""
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        units = threads.map(lambda unit: unit.captions(), dataset.splits["train"])
-        return {
-            tuple(tokenize(caption)) for unit in units for captions in unit for caption in captions
-        }
 
 
 def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str, name: str) -> None:

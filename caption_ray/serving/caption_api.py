@@ -21,7 +21,14 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from caption_ray import storage
 from caption_ray.config import SMALLEST
 from caption_ray.serving import sse
-from caption_ray.serving.contract import MAX_BEAMS, MAX_LENGTH, MAX_RETURN, Answer, Options
+from caption_ray.serving.contract import (
+    MAX_BEAMS,
+    MAX_LENGTH,
+    MAX_RETURN,
+    Answer,
+    NextWords,
+    Options,
+)
 from caption_ray.serving.errors import Refusal, Strict, documented, explain, read_json
 from caption_ray.serving.service import MAX_PICTURES, Service, first_of
 
@@ -283,12 +290,12 @@ def _captions(answer: Answer, parameters: Parameters) -> list[dict[str, Any]]:
     return captions
 
 
-async def _events(parts: AsyncIterator[list[str] | Answer], asked: Asked) -> AsyncIterator[str]:
+async def _events(parts: AsyncIterator[NextWords | Answer], asked: Asked) -> AsyncIterator[str]:
     async for part in parts:
         if isinstance(part, Answer):
             yield sse.event(_content([part], asked), "captions")
         else:
-            yield sse.event({"words": part}, "words")
+            yield sse.event({"words": part.words}, "words")
 
 
 def _refused(refusal: Refusal) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from caption_ray.config import SMALLEST
 from caption_ray.serving import sse
 from caption_ray.serving.caption_api import MAX_SEED, decode_base64
-from caption_ray.serving.contract import MAX_LENGTH, MAX_RETURN, Answer, Options
+from caption_ray.serving.contract import MAX_LENGTH, MAX_RETURN, Answer, NextWords, Options
 from caption_ray.serving.errors import Refusal, Strict, documented, read_json
 from caption_ray.serving.fetch import FetchError, fetch
 from caption_ray.serving.service import Service, first_of
@@ -307,7 +307,7 @@ def _fetch(url: str, field: str, service: Service) -> bytes:
 
 
 async def _events(
-    parts: AsyncIterator[list[str] | Answer], asked: ChatRequest, chat_id: str
+    parts: AsyncIterator[NextWords | Answer], asked: ChatRequest, chat_id: str
 ) -> AsyncIterator[str]:
     """The answer's chunks, as server-sent events in OpenAI's format."""
     created = int(time.time())
@@ -329,13 +329,12 @@ async def _events(
         return [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
 
     yield chunk(choice({"role": "assistant", "content": ""}))
-    told = 0
+    told = 0  # characters
     async for part in parts:
-        words = part.captions[0].words[told:] if isinstance(part, Answer) else part
-        if words:
-            text = " ".join(words)
-            yield chunk(choice({"content": f" {text}" if told else text}))
-            told += len(words)
+        text = part.captions[0].text[told:] if isinstance(part, Answer) else part.text
+        if text:
+            yield chunk(choice({"content": text}))
+            told += len(text)
         if isinstance(part, Answer):
             reason = "stop" if part.captions[0].is_whole else "length"
             yield chunk(choice({}, reason))

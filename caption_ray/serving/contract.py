@@ -54,6 +54,15 @@ class Answer:
     """Number of regions that the picture was encoded to."""
 
 
+@dataclass(frozen=True)
+class NextWords:
+    """Words that are certain to be the next ones of the best caption."""
+
+    words: list[str]
+    text: str
+    """The same as the caption's text goes on with them: with the space before them, if any."""
+
+
 class Backend(Protocol):
     """Captions pictures.
 
@@ -63,7 +72,7 @@ class Backend(Protocol):
 
     async def caption(self, picture: bytes, options: Options) -> Answer: ...
 
-    def stream(self, picture: bytes, options: Options) -> AsyncIterator[list[str] | Answer]:
+    def stream(self, picture: bytes, options: Options) -> AsyncIterator[NextWords | Answer]:
         """Yields words as soon as they are certain, then the answer."""
         ...
 

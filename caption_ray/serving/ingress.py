@@ -22,7 +22,7 @@ from caption_ray import ray_internals
 from caption_ray.captioning.predictor import Box, Images, prepare_with_box
 from caption_ray.config import EncoderConfig
 from caption_ray.serving.batching import QueueFullError
-from caption_ray.serving.contract import Answer, Options, Status, UnavailableError
+from caption_ray.serving.contract import Answer, NextWords, Options, Status, UnavailableError
 from caption_ray.serving.http import build_http
 from caption_ray.serving.replica import DEPLOYMENT, Full, Outdated, Reply
 from caption_ray.serving.service import Settings
@@ -68,13 +68,13 @@ class Ingress:
                 return part
         raise AssertionError("the last part is the answer")
 
-    async def stream(self, picture: bytes, options: Options) -> AsyncIterator[list[str] | Answer]:
+    async def stream(self, picture: bytes, options: Options) -> AsyncIterator[NextWords | Answer]:
         async for part in self._ask(picture, options, streaming=True):
             yield part
 
     async def _ask(
         self, picture: bytes, options: Options, streaming: bool
-    ) -> AsyncIterator[list[str] | Answer]:
+    ) -> AsyncIterator[NextWords | Answer]:
         """Yields words if streaming, then the answer. Prepares the picture again if the captioner's
         model has changed, and tries another captioner if it dies."""
         attempts = 0
@@ -85,7 +85,7 @@ class Ingress:
             replies = (self._stream if streaming else self._call)(image, encoder, options)
             try:
                 async for reply in replies:
-                    if isinstance(reply, list):
+                    if isinstance(reply, NextWords):
                         told += 1
                         yield reply
                     elif isinstance(reply, Outdated):
@@ -119,7 +119,7 @@ class Ingress:
 
     async def _stream(
         self, image: Images, encoder: EncoderConfig, options: Options
-    ) -> AsyncIterator[list[str] | Reply]:
+    ) -> AsyncIterator[NextWords | Reply]:
         response = self.streaming_captioner.stream.remote(image, encoder, options)
         try:
             async for part in response:

@@ -24,8 +24,9 @@ from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import CheckpointError
 from caption_ray.captioning.predictor import Caption, Images, Predictor
 from caption_ray.config import RULES, EncoderConfig, Positive, SearchConfig, Uri, from_dict
+from caption_ray.data.tokenizer import Tokenizer
 from caption_ray.serving.batching import Batcher, QueueFullError
-from caption_ray.serving.contract import Answer, Options
+from caption_ray.serving.contract import Answer, NextWords, Options
 
 DEPLOYMENT = "Captioner"
 """Name of the deployment, in serve_config.yaml and in Ray's dashboard."""
@@ -96,19 +97,20 @@ class _Item:
     """A picture in the queue."""
 
     def __init__(
-        self, image: Images, options: Options, on_words: Callable[[list[str]], None] | None
+        self, image: Images, options: Options, on_words: Callable[[NextWords], None] | None
     ) -> None:
         self.image, self.options, self.on_words = image, options, on_words
         self.told = 0
 
-    def tell(self, start: int, words: list[str]) -> None:
+    def tell(self, start: int, words: list[str], tokenizer: Tokenizer) -> None:
         """Pass on `words`, which are the caption's from index `start` on, except those passed on
         before: a batch that failed is run again."""
         assert self.on_words is not None
         new = words[max(0, self.told - start) :]
         if new:
+            before = tokenizer.separator if self.told else ""
             self.told = start + len(words)
-            self.on_words(new)
+            self.on_words(NextWords(new, before + tokenizer.join(new)))
 
 
 class CaptionerReplica:
@@ -175,12 +177,12 @@ class CaptionerReplica:
 
     async def stream(
         self, image: Images, encoder: EncoderConfig, options: Options
-    ) -> AsyncIterator[list[str] | Reply]:
+    ) -> AsyncIterator[NextWords | Reply]:
         """Yields words as soon as they are certain, then what `__call__` returns."""
         loop = asyncio.get_running_loop()
-        words: asyncio.Queue[list[str] | None] = asyncio.Queue()
+        words: asyncio.Queue[NextWords | None] = asyncio.Queue()
 
-        def on_words(new: list[str]) -> None:  # called on the lane's thread
+        def on_words(new: NextWords) -> None:  # called on the lane's thread
             loop.call_soon_threadsafe(words.put_nowait, new)
 
         task = loop.create_task(self._submit(image, encoder, options, on_words))
@@ -197,7 +199,7 @@ class CaptionerReplica:
         image: Images,
         encoder: EncoderConfig,
         options: Options,
-        on_words: Callable[[list[str]], None] | None,
+        on_words: Callable[[NextWords], None] | None,
     ) -> Reply:
         assert self.predictor is not None
         if not _same_input(encoder, self.predictor.encoder_config):
@@ -226,7 +228,9 @@ class CaptionerReplica:
             key.search,
             key.num_return,
             [item.options.seed for item in items],
-            _teller(items) if any(item.on_words for item in items) else None,
+            _teller(items, predictor.vocabulary.tokenizer)
+            if any(item.on_words for item in items)
+            else None,
         )
         self.batch_seconds.observe(time.perf_counter() - start)
         self.batch_sizes.observe(len(items))
@@ -348,6 +352,7 @@ def describe(predictor: Predictor, refused: dict[str, str] | None) -> dict[str, 
             "decoder": ", ".join(model.decoder.name for model in models),
             "image_size": predictor.encoder_config.image_size,
             "vocabulary": len(predictor.vocabulary),
+            "tokenizer": predictor.vocabulary.tokenizer.name,
             "parameters": sum(p.numel() for p in predictor.captioner.parameters()),
             "device": str(predictor.device),
         },
@@ -365,12 +370,12 @@ def _without_attention(caption: Caption) -> Caption:
     return dataclasses.replace(caption, attention=None)
 
 
-def _teller(items: Sequence[_Item]) -> Callable[[int, list[str]], None]:
+def _teller(items: Sequence[_Item], tokenizer: Tokenizer) -> Callable[[int, list[str]], None]:
     told = [0] * len(items)
 
     def on_words(image: int, words: list[str]) -> None:
         if items[image].on_words is not None:
-            items[image].tell(told[image], words)
+            items[image].tell(told[image], words, tokenizer)
         told[image] += len(words)
 
     return on_words

@@ -20,6 +20,7 @@ from caption_ray.serving.contract import (
     MAX_RETURN,
     Answer,
     Backend,
+    NextWords,
     Options,
     UnavailableError,
 )
@@ -105,7 +106,7 @@ class Service:
                 self.backend.caption(picture, options), self.settings.request_timeout_s
             )
 
-    async def stream(self, picture: bytes, options: Options) -> AsyncIterator[list[str] | Answer]:
+    async def stream(self, picture: bytes, options: Options) -> AsyncIterator[NextWords | Answer]:
         """Yields words as soon as they are certain, then the answer. Raises Refusal."""
         with self._refusing("the picture"):
             deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s

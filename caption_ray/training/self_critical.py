@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from caption_ray.captioning.metrics import CiderD
 from caption_ray.config import TrainConfig
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.tokenizer import Tokenizer
+from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner
 from caption_ray.model.decoder import END, PAD, START
 from caption_ray.model.search import sample
@@ -41,27 +42,29 @@ K). The device goes on working meanwhile."""
 class Rewards:
     """Scores captions with `CiderD`, counting the end of a caption as a word."""
 
-    def __init__(self, cider: CiderD, words: Sequence[str]) -> None:
-        """cider: with the training split's document frequencies (of `as_scored` captions); words:
-        of the vocabulary, by id."""
-        self.cider, self.words = cider, words
+    def __init__(self, cider: CiderD, vocabulary: Vocabulary) -> None:
+        """cider: with the training split's document frequencies (of `as_scored` captions)."""
+        self.cider, self.vocabulary = cider, vocabulary
 
     def __call__(self, tokens: NDArray[np.int64], captions: Captions) -> NDArray[np.float32]:
         """Scores (B, K) of ids (B, K, T)."""
         rewards = np.zeros(tokens.shape[:2], np.float32)
         for image, (rows, written) in enumerate(zip(tokens.tolist(), captions, strict=True)):
-            references = [self.cider.vector(as_scored(caption)) for caption in written]
+            references = [
+                self.cider.vector(as_scored(caption, self.vocabulary.tokenizer))
+                for caption in written
+            ]
             if not references:  # the picture could not be read, so nothing is learnt from it
                 continue
             for k, row in enumerate(rows):
-                told = [END_WORD if i == END else self.words[i] for i in row if i != PAD]
+                told = [END_WORD if i == END else self.vocabulary.words[i] for i in row if i != PAD]
                 rewards[image, k] = self.cider.compare(self.cider.vector(told), references)
         return rewards
 
 
-def as_scored(caption: str) -> list[str]:
+def as_scored(caption: str, tokenizer: Tokenizer) -> list[str]:
     """The words of a human caption, and its end."""
-    return [*tokenize(caption), END_WORD]
+    return [*tokenizer(caption), END_WORD]
 
 
 def advantages(rewards: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -27,13 +28,18 @@ from caption_ray import cluster, ray_internals, storage
 from caption_ray.captioning import checkpoint, ownership, run_folder
 from caption_ray.captioning.checkpoint import Loaded
 from caption_ray.captioning.ownership import Claim, LostError
-from caption_ray.config import Config, require, to_dict
+from caption_ray.config import Config, DataConfig, require, to_dict
+from caption_ray.data import unspaced
 from caption_ray.data.dataset import DataSet, open_shards, open_source
 from caption_ray.data.ingest import ensure_shapes
-from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.data.tokenizer import PTB, Tokenizer
+from caption_ray.data.vocabulary import END, START, Vocabulary
 from caption_ray.training import console, feature_cache, initial, rewards, validation
 from caption_ray.training.feed import cpus_for_decoding
 from caption_ray.training.worker import Assignment, work
+
+MOST_CUT = 0.01
+"""Share of training captions that may be cut at `data.caption_length` without a word about it."""
 
 
 class RunError(RuntimeError):
@@ -97,8 +103,7 @@ def train(config: Config) -> Finished:
     dataset = open_data(config)
     start = _start(config)
     if start is None:
-        counts, data = dataset.word_counts, config.data
-        vocabulary = Vocabulary.from_counts(counts, data.min_word_count, data.max_words)
+        vocabulary = _vocabulary(config.data, dataset)
     else:
         vocabulary = start.vocabulary
         config = replace(config, train=replace(config.train, start_from=start.uri))
@@ -136,7 +141,7 @@ def _train(
         shared = ray.put(_with_features(config, dataset, len(vocabulary), start))
     cider = None
     if config.train.stage == "self-critical":
-        cider = ray.put(rewards.document_frequencies(dataset))
+        cider = ray.put(rewards.document_frequencies(dataset, vocabulary.tokenizer))
     least, most = config.train.min_workers, config.train.num_workers
     cluster.configure_train(elastic=least is not None)
     cluster.keep_data_actors_here()
@@ -230,6 +235,13 @@ def _start(config: Config) -> Loaded | None:
             f"--train.start-from {uri}: weights come from one checkpoint, not from "
             f"{len(start.members)}; name one"
         )
+    tokenizer = start.vocabulary.tokenizer.name
+    require(
+        config.data.tokenizer == tokenizer,
+        "data.tokenizer",
+        config.data.tokenizer,
+        f"the words of --train.start-from {uri} are those of {tokenizer}: give that",
+    )
     differs = checkpoint.differences(start.model, config.model)
     if differs:
         raise ValueError(
@@ -237,6 +249,28 @@ def _start(config: Config) -> Loaded | None:
             "of its config.json"
         )
     return start
+
+
+def _vocabulary(config: DataConfig, dataset: DataSet) -> Vocabulary:
+    """The frequent words of the training captions."""
+    tokenizer, counts = Tokenizer(config.tokenizer), Counter(dataset.word_counts)
+    if tokenizer != PTB:  # which ingest counted; for others the captions are read again
+        counts.clear()
+        captions = cut = 0
+        for caption in dataset.training_captions():
+            words = tokenizer(caption)
+            counts.update(words)
+            captions += 1
+            cut += len(words) > config.caption_length - len((START, END))
+        if cut > captions * MOST_CUT:
+            _say(
+                f"warning: {cut} of {captions} training captions are longer than "
+                f"--data.caption-length {config.caption_length} allows and are cut: raise it, and "
+                "--search.max-length with it"
+            )
+    elif config.source is not None:  # for shards, ingest said it
+        unspaced.warn(dataset.training_captions())
+    return Vocabulary.from_counts(counts, config.min_word_count, config.max_words, tokenizer)
 
 
 def _validation(
@@ -330,12 +364,14 @@ def _settle_run(config: Config, run: str, dataset: DataSet, vocabulary: Vocabula
                 "model": old.model == config.model,
                 f"train.ema-decay, which was {old.train.ema_decay}": bool(old.train.ema_decay)
                 == bool(config.train.ema_decay),
+                f"data.tokenizer, which was {old.data.tokenizer}": old.data.tokenizer
+                == config.data.tokenizer,
                 "data.shards": old.data.shards == config.data.shards,
                 "data.source": old.data.source == config.data.source,
                 "data.shapes-*": _shapes(old) == _shapes(config),
                 "the data set, which changed since": run_folder.read_data(run)["digest"]
                 == dataset.digest,
-                "the vocabulary": run_folder.read_vocabulary(run).words == vocabulary.words,
+                "the vocabulary": run_folder.read_vocabulary(run) == vocabulary,
             }.items()
             if not same
         ]

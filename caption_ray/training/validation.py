@@ -85,7 +85,8 @@ def score(uri: str, dataset: DataSet, limit: int | None) -> dict[str, float]:
                     references.append(row["captions"])
     if not hypotheses:
         raise ValueError(f"{dataset.uri}: no picture of its validation split can be read")
-    corpus = metrics.score(hypotheses, references).corpus
+    tokenizer = predictor.vocabulary.tokenizer
+    corpus = metrics.score(hypotheses, references, tokenizer=tokenizer).corpus
     return {f"val/{name}": corpus[name] for name in METRICS}
 
 

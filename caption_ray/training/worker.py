@@ -170,7 +170,7 @@ class _Worker:
         self.autocast = loop.autocast_dtype(train.precision, self.device)
         self.rewards = self.generator = None
         if self.assignment.cider is not None:
-            self.rewards = RemoteRewards(self.assignment.cider, self.assignment.vocabulary.words)
+            self.rewards = RemoteRewards(self.assignment.cider, self.assignment.vocabulary)
             self.generator = torch.Generator(self.device)
 
     def _decode_cpus(self) -> float:

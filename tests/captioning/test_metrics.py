@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import pytest
 import caption_ray.command
 from caption_ray.captioning import metrics
 from caption_ray.captioning.metrics import CiderD, MetricsError, score
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.config import TokenizerName
+from caption_ray.data.ptb import tokenize
+from caption_ray.data.tokenizer import PTB, Tokenizer
 from caption_ray.evaluation.metrics import main
 
 Captions = list[str]
@@ -54,15 +56,31 @@ def test_a_word_with_a_space_inside_counts_as_in_cocos_tools() -> None:
     assert_as_cocos(told, wanted)
 
 
-def assert_as_cocos(told: Captions, wanted: list[Captions]) -> None:
-    """Corpus and images have the figures that pycocoevalcap gives for the same words."""
+@pytest.mark.parametrize(
+    ("name", "cut"), [("characters", lambda text: "".join(text.split())), ("whitespace", str.split)]
+)
+def test_other_words_are_scored_as_by_cocos_metrics(
+    name: TokenizerName, cut: Callable[[str], Iterable[str]]
+) -> None:
+    told = ["一只狗在草地上奔跑。", "两只 猫 在 树下睡觉", "a 红色 的球", "IPhone 和 狗"]
+    wanted = [["一只狗在草地上跑", "狗在草地上。"], ["两只猫 在 睡觉"], ["红色 的球"], ["狗"]]
+    assert_as_cocos(told, wanted, Tokenizer(name), cut)
+
+
+def assert_as_cocos(
+    told: Captions,
+    wanted: list[Captions],
+    tokenizer: Tokenizer = PTB,
+    cut: Callable[[str], Iterable[str]] = tokenize,
+) -> None:
+    """Corpus and images have the figures that pycocoevalcap gives for the words of `cut`."""
     bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
     rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
     cider = pytest.importorskip("pycocoevalcap.cider.cider")
-    ours = score(told, wanted)
+    ours = score(told, wanted, tokenizer=tokenizer)
 
     def text(caption: str) -> str:
-        return " ".join(tokenize(caption))
+        return " ".join(cut(caption))
 
     results = {image: [text(caption)] for image, caption in enumerate(told)}
     references = {image: [text(c) for c in captions] for image, captions in enumerate(wanted)}
@@ -278,9 +296,12 @@ def test_captions_of_one_word_each_are_warned_of(
     }
     command(files(chinese))
     assert (
-        "no spaces between words, so that COCO's tokenizer takes each for one word"
+        "no spaces between words, so that the tokenizer `ptb`, which is COCO's, takes each for one "
+        "word: use `characters` (--data.tokenizer of a training, --tokenizer of metrics)"
         in capsys.readouterr().err
     )
+    command([*files(chinese), "--tokenizer", "characters"])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_missing_file_is_named(files: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from caption_ray import storage
 from caption_ray.data import shards as format
 from caption_ray.data import transforms
 from caption_ray.data.ingest import RECEIPTS, ingest, read_index
-from caption_ray.data.tokenizer import tokenize
+from caption_ray.data.ptb import tokenize
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

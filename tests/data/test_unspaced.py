@@ -47,7 +47,7 @@ def test_words_with_spaces_between_them_are_no_reason_to_warn(language: str) -> 
 @pytest.mark.parametrize("language", UNSPACED)
 def test_captions_without_spaces_are_noticed(language: str) -> None:
     text = unspaced.warning(UNSPACED[language])
-    assert text is not None and "put spaces between words, or between characters" in text
+    assert text is not None and "use `characters`" in text and "put spaces between words" in text
 
 
 def test_the_warning_has_the_figures() -> None:

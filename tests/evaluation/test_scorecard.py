@@ -18,6 +18,7 @@ from caption_ray import config, storage
 from caption_ray.captioning import metrics, run_folder
 from caption_ray.config import SearchConfig
 from caption_ray.data.dataset import open_shards, open_source
+from caption_ray.data.tokenizer import PTB
 from caption_ray.evaluation import evaluate, scorecard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,7 +212,7 @@ def test_captions_that_nobody_wrote_for_training_are_novel(shards: str, local_ra
     known = rows[-1]["captions"][0]
     told = [known, known.upper() + ".", "nobody ever wrote this", "nor this"]
     records = [{"caption": caption, "objects": []} for caption in told]
-    figures = scorecard.describe(records, dataset, seconds=1.0)
+    figures = scorecard.describe(records, dataset, 1.0, PTB)
     assert figures["share of novel captions"] == 0.5
     alone = dataclasses.replace(dataset, splits={"val": dataset.splits["val"]})
-    assert "share of novel captions" not in scorecard.describe(records, alone, seconds=1.0)
+    assert "share of novel captions" not in scorecard.describe(records, alone, 1.0, PTB)

@@ -13,6 +13,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from caption_ray.captioning.predictor import Caption
+from caption_ray.config import TokenizerName
+from caption_ray.data.tokenizer import Tokenizer
+from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.serving import chat_api
 from caption_ray.serving.batching import QueueFullError
 from caption_ray.serving.contract import MAX_LENGTH, Options, UnavailableError
@@ -214,6 +217,24 @@ def test_a_stream_spells_the_completion(ask: Callable[..., Any], asked: dict[str
     assert {chunk.choices[0].finish_reason for chunk in chunks} == {None}
     assert {chunk.object for chunk in (first, *chunks, last)} == {"chat.completion.chunk"}
     assert len({chunk.id for chunk in (first, *chunks, last)}) == 1
+
+
+@pytest.mark.parametrize(("name", "separator"), [("characters", ""), ("whitespace", " ")])
+def test_a_stream_puts_words_together_as_their_tokenizer_does(
+    ask: Callable[..., Any],
+    backend: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    name: TokenizerName,
+    separator: str,
+) -> None:
+    known = backend.predictor.vocabulary
+    other = Vocabulary([*"一只狗在草地上奔跑和猫睡觉"[: len(known) - 4]], Tokenizer(name))
+    monkeypatch.setattr(backend.predictor, "vocabulary", other)
+    whole = ask().choices[0].message.content
+    chunks = [chunk.choices[0].delta.content or "" for chunk in ask(stream=True, temperature=0)]
+    assert len(chunks) > 3
+    assert "".join(chunks) == ask(temperature=0).choices[0].message.content
+    assert (" " in whole) == (separator == " ")
 
 
 def test_a_greedy_stream_comes_word_by_word(ask: Callable[..., Any], backend: Any) -> None:

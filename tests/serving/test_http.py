@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 
 from caption_ray.serving import auth
 from caption_ray.serving.batching import QueueFullError
-from caption_ray.serving.contract import UnavailableError
+from caption_ray.serving.contract import NextWords, UnavailableError
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -479,10 +479,10 @@ def test_a_client_that_goes_while_it_is_streamed_to_ends_the_captioning(
 ) -> None:
     ended = asyncio.Event()
 
-    async def stream(data: bytes, options: Any) -> AsyncIterator[list[str]]:
+    async def stream(data: bytes, options: Any) -> AsyncIterator[NextWords]:
         try:
             while True:
-                yield ["word"]
+                yield NextWords(["word"], " word")
                 await asyncio.sleep(0.01)
         finally:
             ended.set()

@@ -185,9 +185,11 @@ def test_a_policy_has_no_dropout_and_keeps_its_batch_statistics():
 def test_rewards_are_ciderd_with_the_end_as_a_word():
     vocabulary = Vocabulary(["a", "red", "circle", "square", "blue"])
     written = [["a red circle", "a circle"], ["a blue square", "blue square"]]
-    references = [[self_critical.as_scored(c) for c in captions] for captions in written]
+    references = [
+        [self_critical.as_scored(c, vocabulary.tokenizer) for c in captions] for captions in written
+    ]
     cider = CiderD(references)
-    rewards = self_critical.Rewards(cider, vocabulary.words)
+    rewards = self_critical.Rewards(cider, vocabulary)
     told = [["a red circle", "a red"], ["square", "a blue square"]]
     tokens = np.zeros((2, 2, 6), np.int64)
     for b, k in itertools.product(range(2), range(2)):
