@@ -9,6 +9,7 @@ from caption_ray import cluster, command
 from caption_ray.captioning import run_folder
 from caption_ray.config import SearchOverrides, Uri, default_storage, parse_arguments
 from caption_ray.evaluation import evaluate
+from caption_ray.evaluation.finding import find_images
 
 
 @dataclass
@@ -29,8 +30,9 @@ def main() -> None:
     command.check_output("out", arguments.out, folder=False)
     loaded = run_folder.load(arguments.checkpoint)
     search = arguments.search.apply(loaded.search)
+    files = find_images(arguments.images)
     cluster.connect(arguments.out)
-    unreadable = evaluate.caption_files(loaded, arguments.images, arguments.out, search=search)
+    unreadable = evaluate.caption_files(loaded, files, arguments.out, search=search)
     print(f"Captions of {loaded.uri} in {arguments.out}; {unreadable} unreadable pictures")
 
 

@@ -40,9 +40,11 @@ def main() -> None:
     search = arguments.search.apply(loaded.search)
     out = arguments.out or run_folder.evaluation_folder(loaded.uri, arguments.split)
     command.check_output("out", out, folder=True)
+    dataset = open_shards(arguments.shards)
+    dataset.rows(arguments.split)  # refused before Ray starts if there is no such split
     cluster.connect(out)
     card = scorecard.make(
-        loaded, open_shards(arguments.shards), arguments.split, out,
+        loaded, dataset, arguments.split, out,
         name=arguments.name, search=search, java=arguments.java, limit=arguments.limit,
     )  # fmt: skip
     page = scorecard.log(card, loaded, arguments.split)

@@ -43,8 +43,9 @@ def main() -> None:
     if with_features:
         feature_cache.check_encoder(encoder)  # at once, before Ray starts
     command.check_output("out", arguments["out"], folder=True)
+    found = ingest.inspect(**arguments)  # what is wrong with the source, before Ray starts
     cluster.connect(arguments["out"])
-    index = ingest.ingest(**arguments)
+    index = ingest.write(found)
     encoded = feature_cache.encode_shards(arguments["out"], encoder) if with_features else {}
     for split in index.splits:
         shards = index.shards(split)

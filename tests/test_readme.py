@@ -19,6 +19,7 @@ from types import ModuleType
 import pytest
 import yaml
 from PIL import Image
+from running_jobs import run_job
 
 from caption_ray import config
 from caption_ray.data.sources import find_splits, read_picture
@@ -300,11 +301,10 @@ def test_presets_are_described() -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "ingest", "caption", "evaluate", "benchmark serve"])
-def test_help_of_every_job_is_enough_by_itself(name: str) -> None:
+def test_help_of_every_job_is_enough_by_itself(name: str, tmp_path: Path) -> None:
     name, *section = name.split()
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *section]
-    arguments = ["coco", "--help"] if name == "train" else ["--help"]
-    shown = subprocess.run(command + arguments, capture_output=True, text=True)
+    arguments = ["coco", "--help"] if name == "train" else [*section, "--help"]
+    shown = run_job(name, *arguments, cwd=tmp_path)
     assert shown.returncode == 0
     for word in ("usage", "default" if name != "train" else "train.learning-rate"):
         assert word in shown.stdout

@@ -25,7 +25,7 @@ def test_from_pictures_to_the_answer_of_the_endpoint(shards, scenes, endpoint, t
 
     loaded, out = run_folder.load(second.run), tmp_path / "captions.jsonl"
     picture = next(Path(scenes, "val").iterdir())
-    assert evaluate.caption_files(loaded, str(picture), str(out), progress=False) == 0
+    assert evaluate.caption_files(loaded, [str(picture)], str(out), progress=False) == 0
     caption = json.loads(out.read_text())["caption"]
 
     endpoint.deploy({"checkpoint": second.run})

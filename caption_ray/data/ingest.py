@@ -48,6 +48,22 @@ class Receipt:
     word_counts: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What is to be written, after a look at source and output."""
+
+    source: str
+    out: str
+    image_size: int | None
+    seed: int
+    parts: dict[str, list[list[Record]]]
+    """The pictures of each shard of each split."""
+    left_out: list[LeftOut]
+    fingerprint: str
+    finished: Index | None
+    """The index, if all of it is there already."""
+
+
 def ingest(
     source: str,
     out: str,
@@ -65,50 +81,77 @@ def ingest(
     Returns the index, also when an earlier run with the same fingerprint had finished it. Raises
     ValueError if `out` holds another data set, or if nothing of a split is readable.
     """
+    return write(
+        inspect(
+            source,
+            out,
+            image_size=image_size,
+            images_per_shard=images_per_shard,
+            seed=seed,
+            splits=splits,
+            karpathy=karpathy,
+        ),
+        progress,
+    )
+
+
+def inspect(
+    source: str,
+    out: str,
+    *,
+    image_size: int | None,
+    images_per_shard: int,
+    seed: int,
+    splits: tuple[str, ...],
+    karpathy: str | None = None,
+) -> Inspected:
+    """The first half of `ingest`, which needs no Ray: a job asks for it before it connects."""
     source, out = storage.resolve(source), storage.resolve(out)
     found = find_splits(source, splits=splits, karpathy=karpathy)
     first = next(iter(found.values()))
     unspaced.warn(caption for record in first.records for caption in record.picture.captions)
     parts = {split: _shuffled(content, images_per_shard, seed) for split, content in found.items()}
     wanted = fingerprint(parts, image_size)
-
     finished = read_index(out) if storage.exists(storage.join(out, INDEX_FILE)) else None
-    if finished is not None:
-        if finished.fingerprint != wanted:
-            raise ValueError(
-                f"--out {out}: holds another data set (from {finished.source}, image size "
-                f"{finished.image_size}); choose an empty folder or delete that one"
-            )
-        _tidy(out, finished)
-        return finished
-
-    _remove_unfinished(out, splits=tuple(found), keep=wanted)
-    receipts_folder = storage.join(out, RECEIPTS, wanted)
-    finished_shards = _write_shards(parts, out, receipts_folder, image_size, progress)
-    word_counts: Counter[str] = Counter()
+    if finished is not None and finished.fingerprint != wanted:
+        raise ValueError(
+            f"--out {out}: holds another data set (from {finished.source}, image size "
+            f"{finished.image_size}); choose an empty folder or delete that one"
+        )
     left_out = [LeftOut(split, *entry) for split, content in found.items()
                 for entry in content.left_out]  # fmt: skip
+    return Inspected(source, out, image_size, seed, parts, left_out, wanted, finished)
+
+
+def write(this: Inspected, progress: bool = True) -> Index:
+    """The second half of `ingest`, with Ray."""
+    if this.finished is not None:
+        _tidy(this.out, this.finished)
+        return this.finished
+    _remove_unfinished(this.out, splits=tuple(this.parts), keep=this.fingerprint)
+    word_counts: Counter[str] = Counter()
+    left_out = list(this.left_out)
     listed: dict[str, list[Shard]] = {}
-    for split, done in finished_shards.items():
+    for split, done in _write_shards(this, progress).items():
         listed[split] = [receipt.shard for receipt in done if receipt.shard.rows]
         left_out += [entry for receipt in done for entry in receipt.left_out]
         if not listed[split]:
             why = shards.outline(entry for entry in left_out if entry.split == split)
-            raise ValueError(f"{source}: no picture of split {split!r} is readable: {why}")
+            raise ValueError(f"{this.source}: no picture of split {split!r} is readable: {why}")
         if split == "train":
             for receipt in done:
                 word_counts.update(receipt.word_counts)
     index = Index(
-        source=source,
-        fingerprint=wanted,
-        image_size=image_size,
-        seed=seed,
+        source=this.source,
+        fingerprint=this.fingerprint,
+        image_size=this.image_size,
+        seed=this.seed,
         splits=listed,
         word_counts=dict(sorted(word_counts.items())),
         left_out=sorted(left_out, key=dataclasses.astuple),
     )
-    storage.write_bytes(storage.join(out, INDEX_FILE), index.to_json().encode())
-    _tidy(out, index)
+    storage.write_bytes(storage.join(this.out, INDEX_FILE), index.to_json().encode())
+    _tidy(this.out, index)
     return index
 
 
@@ -170,14 +213,9 @@ def _shuffled(split: Split, images_per_shard: int, seed: int) -> list[list[Recor
     return [[split.records[i] for i in part] for part in np.array_split(order, count)]
 
 
-def _write_shards(
-    parts: dict[str, list[list[Record]]],
-    out: str,
-    receipts_folder: str,
-    image_size: int | None,
-    progress: bool,
-) -> dict[str, list[Receipt]]:
+def _write_shards(this: Inspected, progress: bool) -> dict[str, list[Receipt]]:
     """Write the shards that have no receipt yet. Returns the receipts of all, in their order."""
+    out, receipts_folder = this.out, storage.join(this.out, RECEIPTS, this.fingerprint)
 
     def is_valid(receipt: Receipt) -> bool:
         """Whether the shard that it vouches for is there."""
@@ -190,14 +228,14 @@ def _write_shards(
     done = receipts.read_all(receipts_folder, Receipt, is_valid)
     files = {
         f"{split}/{number:05d}-of-{len(listed):05d}.parquet": records
-        for split, listed in parts.items()
+        for split, listed in this.parts.items()
         for number, records in enumerate(listed)
     }
     with cluster.progress_bar(sum(map(len, files.values())), "ingest", progress) as bar:
         bar.update(sum(len(files[file]) for file in done))
         waiting = {
             _write_shard.remote(
-                records, out, file, storage.join(receipts_folder, f"{file}.json"), image_size
+                records, out, file, storage.join(receipts_folder, f"{file}.json"), this.image_size
             ): file
             for file, records in files.items()
             if file not in done
@@ -208,7 +246,7 @@ def _write_shards(
             with cluster.original_errors():
                 done[file] = ray.get(task)
             bar.update(len(files[file]))
-    return {split: [done[f] for f in files if f.startswith(f"{split}/")] for split in parts}
+    return {split: [done[f] for f in files if f.startswith(f"{split}/")] for split in this.parts}
 
 
 # a task whose worker or node dies is run again by Ray; storage errors were already retried

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,6 @@ from caption_ray.data.dataset import DataSet, Unit
 from caption_ray.data.judge import judge
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.transforms import thumbnail
-from caption_ray.evaluation.finding import find_images
 
 BATCH_SIZE = 32
 THUMBNAIL_SIDE = 192
@@ -85,20 +84,19 @@ _RESULT = pa.schema(
 
 def caption_files(
     loaded: Loaded,
-    images: str,
+    files: Sequence[str],
     out: str,
     *,
     search: SearchConfig | None = None,
     progress: bool = True,
 ) -> int:
-    """Caption every picture that `images` means (see `find_images`: one picture, a folder, a glob
-    or a bucket prefix) with a checkpoint or an ensemble that was loaded (`run_folder.load`).
+    """Caption pictures (their URIs, as `find_images` gives them) with a checkpoint or an ensemble
+    that was loaded (`run_folder.load`).
 
     Writes JSON lines to `out`, sorted by file: `file`, `caption` and `log_prob`, or `file` and
     `error` for a picture that cannot be read. `search` is how (default: as the checkpoint says).
-    Returns the number of pictures that cannot be read. Raises ValueError if `images` means none.
+    Returns the number of pictures that cannot be read.
     """
-    files = find_images(images)
     dataset = ray.data.from_items(
         [{"uri": file} for file in files], override_num_blocks=_num_blocks(len(files))
     ).map_batches(_read_files, batch_size=BATCH_SIZE, batch_format="pyarrow", zero_copy_batch=True)

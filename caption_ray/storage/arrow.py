@@ -17,12 +17,19 @@ from caption_ray.storage.common import (
 from caption_ray.storage.uris import join, parent
 
 
+GOOGLE_RETRY_SECONDS = 5
+"""How long Google's client tries a request again by itself; 15 minutes unless it is told. Whatever
+takes longer to pass is asked for again as with every storage."""
+
+
 class Arrow:
     """Any other scheme that pyarrow knows (gs://, hdfs://, abfs://)."""
 
     def open(self, uri: str) -> tuple[Any, str]:
         from pyarrow.fs import FileSystem
 
+        if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
+            uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GOOGLE_RETRY_SECONDS}"
         return _arrow_filesystem(FileSystem, uri)
 
     def read(self, uri: str, window: tuple[int, int] | None) -> bytes:

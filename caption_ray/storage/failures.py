@@ -36,6 +36,15 @@ LASTING_ERRORS = (
 )
 """boto3's names for settings that will not mend themselves; whatever else is below HTTP may."""
 
+NO_TOKEN = {
+    "Could not create a OAuth2 access token": "run `gcloud auth application-default login`, set "
+    "GOOGLE_APPLICATION_CREDENTIALS, or write gs://anonymous@bucket/... for a public bucket",
+    "Failed to get token from DefaultAzureCredential": "run `az login`, or set AZURE_TENANT_ID, "
+    "AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+}
+"""What Google's and Azure's clients say, after tries of their own, where they find no credentials;
+and what to do about it."""
+
 LASTING_NUMBERS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 """The system's, of refusals that somebody has to mend."""
 
@@ -75,7 +84,7 @@ def is_passing(error: Exception) -> bool:
     answered = http_status(error)
     if answered is not None:
         return answered in (408, 429) or answered >= 500 or error_code(error) in PASSING_CODES
-    return type(error).__name__ not in LASTING_ERRORS
+    return type(error).__name__ not in LASTING_ERRORS and _without_token(error) is None
 
 
 def lasts(error: Exception) -> bool:
@@ -87,6 +96,11 @@ def lasts(error: Exception) -> bool:
     if cause is error or not isinstance(cause, Exception):
         return False
     return not is_passing(cause) and error_code(cause) not in EXPIRED_CODES
+
+
+def _without_token(error: Exception) -> str | None:
+    """The remedy, if this is Google's or Azure's client that has no credentials."""
+    return next((remedy for said, remedy in NO_TOKEN.items() if said in str(error)), None)
 
 
 def http_status(error: Exception) -> int | None:
@@ -117,6 +131,9 @@ def lasting(uri: str, error: Exception, attempts: int = 1) -> StorageError:
         return DamagedError(f"{error} (read {attempts} times)")
     if error_code(error) == "NoSuchBucket":
         return no_bucket(uri)
+    without_token = _without_token(error)
+    if without_token is not None:
+        return StorageError(f"{uri}: no credentials were found; {without_token}")
     number = error.errno if isinstance(error, OSError) else None
     remedy = REMEDIES.get(number or error_code(error) or type(error).__name__)
     said = f"{type(error).__name__}: {error}"

@@ -62,6 +62,7 @@ def test_all_reduce_is_what_it_adds_to_a_backward_pass():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_processes_that_train_together_tell_what_their_all_reduce_took(shards, tmp_path):
     rendezvous = str(tmp_path / "rendezvous")
     with runs.processes(2) as processes:

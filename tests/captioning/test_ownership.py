@@ -154,9 +154,11 @@ def test_who_is_stopped_while_another_waits_is_replaced(run):
     assert held
 
 
-@pytest.mark.parametrize("left", ["nothing", "a dead owner"])
-def test_of_several_who_start_at_once_exactly_one_has_the_run(tmp_path, left):
-    rounds = 50 if left == "nothing" else 10
+@pytest.mark.parametrize(
+    ("left", "rounds"),
+    [("nothing", 10), pytest.param("nothing", 50, marks=pytest.mark.slow), ("a dead owner", 5)],
+)
+def test_of_several_who_start_at_once_exactly_one_has_the_run(tmp_path, left, rounds):
     for number in range(rounds):
         run, ready, end = str(tmp_path / f"{number}"), threading.Barrier(4), threading.Event()
         held, refused = [], []

@@ -343,10 +343,11 @@ def test_at_no_moment_of_many_at_work_does_a_pointer_name_nothing(folders, tmp_p
 # Real runs, without Ray --------------------------------------------------------------------------
 
 
-def test_nothing_is_lost_while_validations_race_pruning(tmp_path):
-    """50 runs of real threads: one commits and prunes, one validates, one reads the best."""
+@pytest.mark.parametrize("rounds", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_nothing_is_lost_while_validations_race_pruning(tmp_path, rounds):
+    """Runs of real threads: one commits and prunes, one validates, one reads the best."""
     counts = collections.Counter()
-    for number in range(50):
+    for number in range(rounds):
         run, chance = str(tmp_path / f"run-{number}"), random.Random(number)
         waiting, over, failed, best = [], threading.Event(), [], [0.0]
 

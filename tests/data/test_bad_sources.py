@@ -4,22 +4,18 @@ import io
 import json
 import shutil
 import struct
-import subprocess
-import sys
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from patience import scaled
 from PIL import Image
+from running_jobs import run_job
 
 from caption_ray.data import shards as format
 from caption_ray.data import sources, transforms
 from caption_ray.data.ingest import ingest, read_index
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _picture(width, height, kind="JPEG"):
@@ -290,10 +286,6 @@ def test_annotations_that_would_fill_the_memory_are_refused(tmp_path, monkeypatc
 
 def test_the_ingest_job_ends_with_one_line_that_says_why(zipped, tmp_path):
     (tmp_path / "train.zip").write_bytes(b"PK")
-    job = subprocess.run(
-        [sys.executable, str(ROOT / "jobs/ingest.py"), "--source", zipped, "--out",
-         str(tmp_path / "out"), "--splits", "train"],
-        capture_output=True, text=True, timeout=scaled(300),
-    )  # fmt: skip
+    job = run_job("ingest", "--source", zipped, "--out", "out", "--splits", "train", cwd=tmp_path)
     assert job.returncode == 1 and "Traceback" not in job.stderr
     assert "train.zip: a broken zip" in job.stderr.splitlines()[-1]

@@ -261,7 +261,7 @@ def test_reading_does_not_run_far_ahead_of_a_slow_trainer(shards, tmp_path):
         decode_threads=2,
     )  # fmt: skip
     seen, most = len(next(stream).numbers), 0
-    deadline = time.monotonic() + 6
+    deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
         most = max(most, in_store() - before)
         time.sleep(0.2)

@@ -1,20 +1,17 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from running_jobs import run_job
 
 from caption_ray import storage
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.predictor import Predictor
 from caption_ray.data.dataset import open_shards, open_source
 from caption_ray.evaluation import evaluate
-
-ROOT = Path(__file__).resolve().parents[2]
+from caption_ray.evaluation.finding import find_images
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,7 @@ def test_files_get_a_line_each_and_unreadable_ones_their_error(loaded, scenes, t
     pictures = shutil.copytree(scenes / "val", tmp_path / "pictures")
     (pictures / "broken.jpg").write_bytes(b"no picture")
     out = tmp_path / "out" / "captions.jsonl"
-    assert evaluate.caption_files(loaded, str(pictures), str(out), progress=False) == 1
+    assert evaluate.caption_files(loaded, find_images(str(pictures)), str(out), progress=False) == 1
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["file"] for line in lines] == sorted(str(path) for path in pictures.iterdir())
     for line in lines:
@@ -62,13 +59,13 @@ def test_files_get_a_line_each_and_unreadable_ones_their_error(loaded, scenes, t
             assert set(line) == {"file", "caption", "log_prob"} and line["log_prob"] < 0
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_the_job_captions_with_an_ensemble_as_it_is_asked_to(tiny_run, scenes, tmp_path):
-    command = [
-        sys.executable, ROOT / "jobs/caption.py", "--checkpoint", f"{tiny_run},{tiny_run}",
-        "--images", scenes / "val", "--out", tmp_path / "out.jsonl",
-        "--search.min-length", "7", "--search.no-repeat-ngram-size", "2",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = run_job(
+        "caption", "--checkpoint", f"{tiny_run},{tiny_run}", "--images", scenes / "val",
+        "--out", "out.jsonl", "--search.min-length", "7", "--search.no-repeat-ngram-size", "2",
+        cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     uri = run_folder.find(tiny_run, "best")
     assert f"Captions of {uri},{uri} in" in done.stdout

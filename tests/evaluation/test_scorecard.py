@@ -6,22 +6,22 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from running_jobs import run_job
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from caption_ray import config, storage
+from caption_ray import cluster, config, storage
 from caption_ray.captioning import metrics, run_folder
+from caption_ray.captioning.predictor import Predictor
 from caption_ray.config import SearchConfig
 from caption_ray.data.dataset import open_shards, open_source
 from caption_ray.data.tokenizer import PTB
-from caption_ray.evaluation import evaluate, scorecard
-
-ROOT = Path(__file__).resolve().parents[2]
+from caption_ray.evaluation import scorecard
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,31 @@ def read(card: scorecard.Scorecard, file: str) -> str:
     return storage.read_text(storage.join(card.out, file))
 
 
+def rows_of(shards: str) -> list[dict[str, Any]]:
+    """The validation pictures, by image."""
+    units = open_shards(shards).splits["val"]
+    return sorted((row for unit in units for row in unit.read()), key=lambda row: row["image_id"])
+
+
+def captions_of(run: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What the run's captioner says of them, without Ray."""
+    predictor = Predictor(run_folder.load(run), torch.device("cpu"))
+    images = np.stack([predictor.prepare(row["image"]) for row in rows])
+    return [captions[0].text for captions in predictor.predict(images)]
+
+
 def test_every_picture_is_captioned_once_and_scored_as_by_hand(
     card: scorecard.Scorecard, tiny_run: str, shards: str
 ) -> None:
-    records = evaluate.caption_split(
-        run_folder.load(tiny_run), open_shards(shards), "val", progress=False
-    )
+    rows = rows_of(shards)
+    captions = captions_of(tiny_run, rows)
     results = json.loads(read(card, "captions_val_caption_ray_results.json"))
-    assert results == [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]
-    assert len(records) == 12
-    by_hand = metrics.score([r["caption"] for r in records], [r["references"] for r in records])
+    assert results == [
+        {"image_id": row["image_id"], "caption": caption}
+        for row, caption in zip(rows, captions, strict=True)
+    ]
+    assert len(rows) == 12
+    by_hand = metrics.score(captions, [row["captions"] for row in rows])
     for name, value in by_hand.corpus.items():
         assert card.figures[name] == pytest.approx(value)
     lines = [json.loads(line) for line in read(card, "per_image.jsonl").splitlines()]
@@ -118,11 +133,8 @@ def test_an_ensemble_has_a_scorecard_of_its_own(
     assert found.out == f"{runs[0]}/evaluation/val+two"
     assert json.loads(read(found, "metrics.json"))["checkpoint"] == loaded.uri
     assert "one, checkpoint-00000001 + two, checkpoint-00000001, val" in read(found, "report.html")
-    alone = evaluate.caption_split(
-        run_folder.load(tiny_run), open_shards(shards), "val", progress=False
-    )
     results = json.loads(read(found, "captions_val_caption_ray_results.json"))
-    assert [one["caption"] for one in results] == [one["caption"] for one in alone]
+    assert [one["caption"] for one in results] == captions_of(tiny_run, rows_of(shards))
     assert scorecard.log(found, loaded, "val") is None, "it belongs to no run"
 
 
@@ -181,27 +193,29 @@ def test_figures_captions_and_heat_maps_go_to_the_page_of_the_run(
 
 
 def test_the_job_prints_the_table_and_says_where_the_files_are(
-    tiny_run: str, shards: str, tmp_path: Path
+    tiny_run: str, shards: str, local_ray: None, tmp_path: Path
 ) -> None:
-    command: list[Any] = [
-        sys.executable, ROOT / "jobs/evaluate.py", "--checkpoint", tiny_run, "--shards", shards,
-        "--out", tmp_path / "out", "--no-java", "--limit", "6", "--search.max-length", "3",
-        "--search.min-length", "3",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = run_job(
+        "evaluate", "--checkpoint", tiny_run, "--shards", shards, "--out", "out", "--no-java",
+        "--limit", "6", "--search.max-length", "3", "--search.min-length", "3", cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"CIDEr-D +\d", done.stdout) and f"Files: {tmp_path}/out" in done.stdout
     figures = json.loads((tmp_path / "out/metrics.json").read_text())
     assert figures["images"] == 6 and figures["words per caption"] == 3
 
 
-def test_the_job_names_what_is_wrong(tiny_run: str, tmp_path: Path) -> None:
-    command: list[Any] = [
-        sys.executable, ROOT / "jobs/evaluate.py", "--checkpoint", tiny_run, "--shards", tmp_path,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and str(tmp_path) in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_job_names_what_is_wrong_before_ray_starts(
+    tiny_run: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda *_: pytest.fail("Ray was started"))
+    for asked, message in (
+        (("--shards", tmp_path), f"{tmp_path}/index.json: no index"),
+        (("--shards", shards, "--split", "test"), "no split 'test'; it has train, val"),
+    ):
+        done = run_job("evaluate", "--checkpoint", tiny_run, *asked, cwd=tmp_path)
+        assert done.returncode == 1 and message in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_captions_that_nobody_wrote_for_training_are_novel(shards: str, local_ray: None) -> None:

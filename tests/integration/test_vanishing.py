@@ -10,13 +10,17 @@ from patience import scaled
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Its node's agent, which takes jobs, gets a free port: the usual one is taken by the Ray that other
+# tests share, and without it the dashboard would wait for the agent for ever.
 SUBMIT = """
 import sys, time
 import ray
+from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
-context = ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=True)
-client = JobSubmissionClient(f"http://{context.dashboard_url}")
+head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": True, "dashboard_agent_listen_port": 0}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+client = JobSubmissionClient(f"http://{ray.init(address=cluster.address).dashboard_url}")
 while True:
     try:
         job = client.submit_job(
@@ -24,7 +28,7 @@ while True:
             runtime_env={"working_dir": sys.argv[1]},
         )
         break
-    except RuntimeError as error:  # a fresh cluster's dashboard is there before its node's agent
+    except RuntimeError as error:  # the dashboard is there before the agent
         if "No available agent" not in str(error):
             raise
         time.sleep(0.5)
@@ -32,6 +36,8 @@ while not client.get_job_status(job).is_terminal():
     time.sleep(0.5)
 print(client.get_job_logs(job))
 print("ended", client.get_job_status(job).value)
+ray.shutdown()
+cluster.shutdown()
 """
 
 

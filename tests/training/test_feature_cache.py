@@ -222,6 +222,7 @@ def run_on_features(dataset, tiny_run, tmp_path_factory):
     return trainer.train(_config(dataset.uri, runs, "features", tiny_run, **settings))
 
 
+@pytest.mark.slow
 def test_training_from_features_is_training_from_pictures(
     dataset, tiny_run, run_on_features, tmp_path
 ):
@@ -236,6 +237,7 @@ def test_training_from_features_is_training_from_pictures(
     assert frozen and all(np.array_equal(weights[name], expected[name]) for name in frozen)
 
 
+@pytest.mark.slow
 def test_a_run_on_features_goes_on_within_an_epoch(dataset, tiny_run, run_on_features, tmp_path):
     storage.upload(Path(run_on_features.run), str(tmp_path / "cut"))
     for folder in (tmp_path / "cut").glob(f"{run_folder.PREFIX}*"):  # it died in step 10 of 16

@@ -114,6 +114,7 @@ def test_an_averaged_run_that_stopped_goes_on_as_if_it_had_not(shards, tmp_path)
     assert steps == [8, 16], "the history of the first part was not kept"
 
 
+@pytest.mark.slow
 def test_the_self_critical_stage_goes_on_from_a_run(undisturbed, shards, tmp_path):
     stage = {"stage": "self-critical", "start_from": undisturbed.run, "epochs": 1}
     finished = trainer.train(tiny_config(shards, tmp_path, "second", **stage))
@@ -145,6 +146,7 @@ def test_a_run_stops_when_its_captions_no_longer_improve(shards, tmp_path):
     assert checkpoint.load(latest_of(finished)).state.epoch < 12
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_and_says_where(shards, tmp_path):
     rates = {"learning_rate": 1e9, "encoder_learning_rate": 1e9}
     broken = tiny_config(shards, tmp_path, "broken", max_failures=0, **rates)
@@ -167,6 +169,7 @@ def test_raw_pictures_train_without_ingest_and_a_few_bad_ones_are_skipped(scenes
     assert [p["train/bad_images"] for p in finished.history if "train/bad_images" in p] == [1]
 
 
+@pytest.mark.slow
 def test_too_many_bad_pictures_stop_the_run_and_are_named(scenes, shards, tmp_path):
     source = shutil.copytree(scenes, tmp_path / "source")
     broken = sorted((source / "train").iterdir())[:3]
