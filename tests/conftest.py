@@ -110,6 +110,28 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(run)
 
 
+@pytest.fixture(scope="session")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished run of the tiny captioner, of 24 steps in three epochs (`trainer.Finished`)."""
+    from tiny_runs import tiny_config
+
+    from caption_ray.training import trainer
+
+    runs = tmp_path_factory.mktemp("runs")
+    return trainer.train(tiny_config(shards, runs, "undisturbed"))
+
+
+@pytest.fixture(scope="session")
+def two_workers(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same without dropout, by two workers."""
+    from tiny_runs import tiny_config, without_dropout
+
+    from caption_ray.training import trainer
+
+    runs = tmp_path_factory.mktemp("runs")
+    return trainer.train(without_dropout(tiny_config(shards, runs, "two", num_workers=2)))
+
+
 class _Ranges(SimpleHTTPRequestHandler):
     """Serves ranges, which the standard library's handler does not, and fails on demand."""
 

@@ -16,7 +16,6 @@ from caption_ray.storage.common import (
 )
 from caption_ray.storage.uris import join, parent
 
-
 GOOGLE_RETRY_SECONDS = 5
 """How long Google's client tries a request again by itself; 15 minutes unless it is told. Whatever
 takes longer to pass is asked for again as with every storage."""

@@ -50,18 +50,6 @@ def _kill_a_worker_at(steps, pointer):
     return killed, thread
 
 
-@pytest.fixture(scope="module")
-def undisturbed(shards, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    return trainer.train(tiny_config(shards, runs, "undisturbed"))
-
-
-@pytest.fixture(scope="module")
-def two_workers(shards, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    return trainer.train(without_dropout(tiny_config(shards, runs, "two", num_workers=2)))
-
-
 def test_a_run_whose_worker_was_killed_thrice_ends_as_if_nothing_had_happened(
     undisturbed, shards, tmp_path
 ):

@@ -19,12 +19,6 @@ from caption_ray.training import trainer
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(shards, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    return trainer.train(tiny_config(shards, runs, "undisturbed"))
-
-
 def test_a_run_leaves_checkpoints_pointers_history_and_configuration(undisturbed):
     run = undisturbed.run
     kept = [name for name in storage.list_folders(run) if name.startswith(run_folder.PREFIX)]
@@ -43,12 +37,6 @@ def test_a_run_leaves_checkpoints_pointers_history_and_configuration(undisturbed
         assert any(f"train/{metric}" in point for point in undisturbed.history)
     losses = losses_of(undisturbed)
     assert len(losses) == 3 and losses[-1] < losses[0]
-
-
-@pytest.fixture(scope="module")
-def two_workers(shards, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    return trainer.train(without_dropout(tiny_config(shards, runs, "two", num_workers=2)))
 
 
 def test_a_run_is_not_resumed_with_another_model(undisturbed, shards):
