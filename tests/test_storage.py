@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from caption_ray import storage
+from caption_ray.storage import arrow
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -172,3 +173,53 @@ def test_a_time_out_that_is_none_is_refused_by_name(monkeypatch, value):
     storage._backend.cache_clear()
     with pytest.raises(ValueError, match=f"CAPTION_RAY_READ_TIMEOUT is '{value}'"):
         storage.read_bytes("http://127.0.0.1:1/x")
+
+
+# What Google's and Azure's clients in pyarrow said without credentials.
+NO_TOKENS = {
+    "gs://bucket": (
+        "google::cloud::Status(UNAVAILABLE: Retry policy exhausted, with a last message of Could "
+        "not create a OAuth2 access token to authenticate the request. The request was not sent",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    ),
+    "abfs://container@account": (
+        "Unknown error: Check for Hierarchical Namespace support failed: AuthenticationException: "
+        "Failed to get token from DefaultAzureCredential. See Azure::Core::Diagnostics::Logger",
+        "AZURE_CLIENT_SECRET",
+    ),
+}
+
+
+@pytest.mark.parametrize("uri", NO_TOKENS)
+def test_a_cloud_without_credentials_is_asked_once_and_says_what_to_set(uri, monkeypatch):
+    said, remedy = NO_TOKENS[uri]
+    asked = []
+
+    class FileSystem:
+        def open_input_file(self, path):
+            asked.append(path)
+            raise OSError(said)
+
+    monkeypatch.setattr(arrow, "_arrow_filesystem", lambda *_: (FileSystem(), "path"))
+    with pytest.raises(storage.StorageError) as caught:
+        storage.read_bytes(f"{uri}/a.json")
+    assert asked == ["path"]
+    assert str(caught.value).startswith(f"{uri}/a.json: no credentials were found; ")
+    assert remedy in str(caught.value) and "google::cloud" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "known"),
+    [
+        ("gs://b/x", "gs://b/x?retry_limit_seconds=5"),
+        ("gcs://b/x", "gcs://b/x?retry_limit_seconds=5"),
+        ("gs://b/x?scheme=http", "gs://b/x?scheme=http&retry_limit_seconds=5"),
+        ("gs://b/x?retry_limit_seconds=60", "gs://b/x?retry_limit_seconds=60"),
+        ("abfs://c@a/x", "abfs://c@a/x"),
+    ],
+)
+def test_googles_client_does_not_try_for_minutes_by_itself(uri, known, monkeypatch):
+    opened = []
+    monkeypatch.setattr(arrow, "_arrow_filesystem", lambda _, uri: opened.append(uri) or (None, ""))
+    arrow.Arrow().open(uri)
+    assert opened == [known]

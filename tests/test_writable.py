@@ -146,7 +146,8 @@ def cloud(tmp_path, monkeypatch):
     """gs://bucket, which is a local folder."""
 
     def filesystem(_, uri):
-        return LocalFileSystem(), str(tmp_path) + uri.removeprefix("gs:/").rstrip("/")
+        path = uri.partition("?")[0].removeprefix("gs:/").rstrip("/")
+        return LocalFileSystem(), str(tmp_path) + path
 
     monkeypatch.setattr(arrow, "_arrow_filesystem", filesystem)
     (tmp_path / "bucket").mkdir()
