@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -377,13 +379,26 @@ def _merge(own: JsonParameters | None, query: Parameters) -> Parameters:
 
 
 def decode_base64(text: str, field: str) -> bytes:
-    """The bytes that base64 `text` encodes. Raises Refusal, which names the field."""
+    """The bytes that base64 `text` encodes: plain or as a data: URI, of either alphabet, with line
+    breaks and without padding, as clients have it. Raises Refusal, which names the field."""
+    head, comma, encoded = text.partition(",")
+    if not comma:
+        encoded = text
+    elif not re.fullmatch(r"\s*data:[^,]*;\s*base64\s*", head, re.IGNORECASE):
+        message = f"{field} is {text[:40]!r}...: give base64, alone or as data:image/...;base64,..."
+        raise Refusal(400, "validation", message, field=field)
+    # a data: URI may have its padding escaped
+    plain = "".join(unquote(encoded).split()).translate(_TO_PLAIN).rstrip("=")
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        data = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        message = f"{field} is not base64: {error}"
+        message = f"{field} is {text[:40]!r}..., which is not base64: {error}"
         raise Refusal(400, "validation", message, field=field) from error
     if not data:
-        message = f"{field} is '': give the bytes of a picture in base64"
+        message = f"{field} is empty: give the bytes of a picture in base64"
         raise Refusal(400, "validation", message, field=field)
     return data
+
+
+_TO_PLAIN = str.maketrans("-_", "+/")
+"""From the alphabet that URLs may hold to the common one."""

@@ -1,9 +1,14 @@
 """`/v1`: the API for OpenAI's clients; http.py adds its routes. A captioner takes no instructions,
-so it uses only the picture in the messages."""
+so it uses only the pictures in the messages.
+
+What a request asks for is done or refused by name; what asks for nothing is accepted: null, empty
+lists, settings at the value that changes nothing, notes of the client's own.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,9 +22,47 @@ from caption_ray.config import SMALLEST
 from caption_ray.serving import sse
 from caption_ray.serving.caption_api import MAX_SEED, decode_base64
 from caption_ray.serving.contract import MAX_LENGTH, MAX_RETURN, Answer, NextWords, Options
+from caption_ray.serving.conversation import UpToStop, picture_urls
 from caption_ray.serving.errors import Refusal, Strict, documented, read_json
 from caption_ray.serving.fetch import FetchError, fetch
 from caption_ray.serving.service import Service, first_of
+
+ASKS_FOR_NOTHING: tuple[Any, ...] = (None, False, "", [], {}, "none")
+"""Values of any other field that are accepted."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("auto",),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("minimal",),
+    "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "tool_choice": ("auto",),
+    "top_k": (-1, 0),
+    "top_logprobs": (0,),
+    "verbosity": ("low", "medium"),
+    # only to name them when they are refused
+    "functions": (),
+    "logit_bias": (),
+    "logprobs": (),
+    "tools": (),
+}
+"""Fields of OpenAI's API and vLLM's, with values of theirs that change nothing either."""
+
+NOTES = frozenset(
+    "metadata prompt_cache_key prompt_cache_retention request_id safety_identifier service_tier "
+    "session_id store tags trace_id user".split()
+)
+"""Fields for the client's own bookkeeping: ignored."""
+
+MAX_STOPS = 4
+MAX_STOP = 1000
+"""Most sequences in `stop`, as in OpenAI's API, and most characters of one."""
 
 MAX_MESSAGES = 1000
 """Most messages, and most parts of one: pydantic would report the problems of each."""
@@ -31,7 +74,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = Field(
         default=None,
-        description="Of the last message of the user: one part "
+        description="Of the user: parts such as "
         '`{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}`, and any text.',
     )
 
@@ -46,7 +89,9 @@ class Message(BaseModel):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Ignored: there is nothing to hide in how long a word is."""
 
 
 class ResponseFormat(Strict):
@@ -54,9 +99,11 @@ class ResponseFormat(Strict):
 
 
 class ChatRequest(Strict):
-    """The part of OpenAI's request that a captioner supports; other fields are refused by name."""
+    """The part of OpenAI's request that a captioner supports. Other fields are accepted where they
+    ask for nothing, and refused by name otherwise."""
 
     model_config = ConfigDict(
+        extra="allow",
         json_schema_extra={
             "examples": [
                 {
@@ -75,16 +122,17 @@ class ChatRequest(Strict):
                     ],
                 }
             ]
-        }
+        },
     )
 
-    model: str
-    """As `GET /v1/models` names it."""
+    model: str | None = None
+    """Any name: one model is served, which the answer and `GET /v1/models` name."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    """The user's last message holds the picture."""
+    """The user's last message with pictures counts. Each of its pictures is captioned; of several,
+    the answer has a line each, `Image 1: ...`."""
 
-    stream: bool = False
+    stream: bool | None = None
     """Whether words are sent as soon as they are certain."""
 
     stream_options: StreamOptions | None = None
@@ -107,18 +155,22 @@ class ChatRequest(Strict):
     seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
     """The same seed samples the same captions."""
 
-    # Accepted with values that change nothing.
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logprobs: Literal[False] | None = None
+    stop: str | list[str] | None = None
+    """Up to four sequences; a caption ends before the first of them."""
+
     response_format: ResponseFormat | None = None
-    # For OpenAI's own bookkeeping; ignored.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        sequences = [stop] if isinstance(stop, str) else stop or []
+        if len(sequences) > MAX_STOPS or any(len(text) > MAX_STOP for text in sequences):
+            raise ValueError(f"give at most {MAX_STOPS} sequences of at most {MAX_STOP} characters")
+        return stop
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def options(self) -> Options:
         drawn = self.temperature is not None or self.top_p is not None
@@ -214,36 +266,67 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         """A caption of the picture in the last message of the user."""
         async with service.body(request) as data:
             asked = await asyncio.to_thread(read_json, ChatRequest, data)
-            if asked.model != name:
-                raise _unknown_model(asked.model, name)
-            picture = await asyncio.to_thread(_picture, asked, service)
+            _require_supported(asked)
+            pictures = await asyncio.to_thread(_pictures, asked, service)
             chat_id = f"chatcmpl-{uuid.uuid4().hex}"
             if asked.stream:
-                if asked.options().num_return > 1:
-                    message = f"n is {asked.n}: only one caption can be streamed"
-                    raise Refusal(400, "validation", message, field="n")
-                parts = service.stream(picture, asked.options())
+                parts = _stream(pictures, asked, service)
                 _, parts = await first_of(parts)  # up to here errors become HTTP statuses
-                return sse.response(_events(parts, asked, chat_id), request, _refused)
-            answer = await service.caption(picture, asked.options())
-        choices = [
-            Choice(
-                index=index,
-                message=AssistantMessage(content=caption.text),
-                finish_reason="stop" if caption.is_whole else "length",
-            )
-            for index, caption in enumerate(answer.captions)
-        ]
+                return sse.response(_events(parts, asked, chat_id, name), request, _refused)
+            answers = [await service.caption(picture, asked.options()) for picture in pictures]
         completion = ChatCompletion(
             id=chat_id,
             created=int(time.time()),
             model=name,
-            choices=choices,
-            usage=_usage(answer),
+            choices=_choices(answers, asked),
+            usage=_usage(answers),
         )
         return JSONResponse(completion.model_dump())
 
     return [ChatRequest]
+
+
+def _require_supported(asked: ChatRequest) -> None:
+    """Raise Refusal for a field that asks for what a captioner cannot do."""
+    for name, value in (asked.model_extra or {}).items():
+        neutral = NEUTRAL.get(name, ())
+        if name in NOTES or any(_same(value, one) for one in (*ASKS_FOR_NOTHING, *neutral)):
+            continue
+        shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+        why = f"unknown; valid: {', '.join(ChatRequest.model_fields)}"
+        if name in NEUTRAL:
+            why = "a captioner cannot do that; leave it out"
+            if neutral:
+                why += f" or give {' or '.join(map(repr, neutral))}"
+        raise Refusal(400, "validation", f"{name} is {shown}: {why}", field=name)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, but neither False and 0 nor True and 1 are the same."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _choices(answers: list[Answer], asked: ChatRequest) -> list[Choice]:
+    choices = []
+    for index in range(max(len(answer.captions) for answer in answers)):
+        lines, is_whole = [], True
+        for number, answer in enumerate(answers, 1):
+            caption = answer.captions[min(index, len(answer.captions) - 1)]
+            until = UpToStop(asked.stops)
+            lines.append(_prefix(number, len(answers)) + until.feed(caption.text) + until.rest())
+            is_whole = is_whole and (caption.is_whole or until.stopped)
+        message = AssistantMessage(content="".join(lines))
+        choices.append(
+            Choice(index=index, message=message, finish_reason="stop" if is_whole else "length")
+        )
+    return choices
+
+
+def _prefix(number: int, pictures: int) -> str:
+    """What stands before the caption of this picture, the first being 1."""
+    if pictures == 1:
+        return ""
+    return ("\n" if number > 1 else "") + f"Image {number}: "
 
 
 def _unknown_model(asked: str, known: str) -> Refusal:
@@ -252,46 +335,22 @@ def _unknown_model(asked: str, known: str) -> Refusal:
     return Refusal(404, "model_not_found", message, field="model")
 
 
-def _usage(answer: Answer) -> Usage:
-    words = sum(len(caption.words) + caption.is_whole for caption in answer.captions)
-    return Usage(
-        prompt_tokens=answer.regions,
-        completion_tokens=words,
-        total_tokens=answer.regions + words,
+def _usage(answers: list[Answer]) -> Usage:
+    words = sum(
+        len(caption.words) + caption.is_whole for answer in answers for caption in answer.captions
     )
+    regions = sum(answer.regions for answer in answers)
+    return Usage(prompt_tokens=regions, completion_tokens=words, total_tokens=regions + words)
 
 
-def _picture(asked: ChatRequest, service: Service) -> bytes:
-    """The bytes of the one picture of the user's last message. Raises Refusal."""
-    number, content = next(
-        (
-            (number, message.content)
-            for number, message in reversed(list(enumerate(asked.messages)))
-            if message.role == "user"
-        ),
-        (0, None),
-    )
-    field = f"messages.{number}.content"
-    parts = content if isinstance(content, list) else []
-    images = [part for part in parts if part.get("type") == "image_url"]
-    if len(images) != 1:
-        message = (
-            f"{field} has {len(images)} parts of type image_url: the last message of the user "
-            "must have one"
-        )
-        raise Refusal(400, "validation", message, field=field)
-    holder = images[0].get("image_url")
-    url = holder.get("url") if isinstance(holder, dict) else None
-    field = f"{field}.image_url.url"
-    if not isinstance(url, str):
-        raise Refusal(400, "validation", f"{field} is missing", field=field)
-    if url.startswith("data:"):
-        head, comma, text = url.partition(",")
-        if not comma or not head.endswith(";base64"):
-            message = f"{field} is not a data:image/...;base64,... URI"
-            raise Refusal(400, "validation", message, field=field)
-        return decode_base64(text, field)
-    return _fetch(url, field, service)
+def _pictures(asked: ChatRequest, service: Service) -> list[bytes]:
+    """The bytes of the pictures that are asked about. Raises Refusal."""
+    return [
+        _fetch(url, field, service)
+        if re.match("https?://", url, re.IGNORECASE)
+        else decode_base64(url, field)
+        for url, field in picture_urls(asked.messages)
+    ]
 
 
 def _fetch(url: str, field: str, service: Service) -> bytes:
@@ -306,40 +365,60 @@ def _fetch(url: str, field: str, service: Service) -> bytes:
         raise Refusal(status, "fetch", f"{field}: {error}", field=field) from error
 
 
+async def _stream(
+    pictures: list[bytes], asked: ChatRequest, service: Service
+) -> AsyncIterator[NextWords | Answer]:
+    """The words and the answer of each picture, one picture after the other."""
+    for picture in pictures:
+        async for part in service.stream(picture, asked.options()):
+            yield part
+
+
 async def _events(
-    parts: AsyncIterator[NextWords | Answer], asked: ChatRequest, chat_id: str
+    parts: AsyncIterator[NextWords | Answer], asked: ChatRequest, chat_id: str, model: str
 ) -> AsyncIterator[str]:
-    """The answer's chunks, as server-sent events in OpenAI's format."""
+    """The answer's chunks, as server-sent events in OpenAI's format. Only the best caption comes
+    word by word, the others, if there are any, in one piece."""
     created = int(time.time())
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+    pictures = len(picture_urls(asked.messages))
 
     def chunk(choices: list[dict[str, Any]], usage: Usage | None = None) -> str:
         content: dict[str, Any] = {
             "id": chat_id,
             "object": "chat.completion.chunk",
             "created": created,
-            "model": asked.model,
+            "model": model,
             "choices": choices,
         }
         if with_usage:
             content["usage"] = usage.model_dump() if usage else None
         return sse.event(content)
 
-    def choice(delta: dict[str, str], finish_reason: str | None = None) -> list[dict[str, Any]]:
-        return [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
+    def choice(index: int, delta: dict[str, str], finish_reason: str | None = None) -> str:
+        return chunk([{"index": index, "delta": delta, "finish_reason": finish_reason}])
 
-    yield chunk(choice({"role": "assistant", "content": ""}))
-    told = 0  # characters
+    answers: list[Answer] = []
+    told, until, begun = 0, UpToStop(asked.stops), False
     async for part in parts:
+        if not begun and not answers:
+            yield choice(0, {"role": "assistant", "content": ""})
         text = part.captions[0].text[told:] if isinstance(part, Answer) else part.text
-        if text:
-            yield chunk(choice({"content": text}))
-            told += len(text)
+        told += len(text)
+        new = until.feed(text) + (until.rest() if isinstance(part, Answer) else "")
+        if not begun:
+            new, begun = _prefix(len(answers) + 1, pictures) + new, True
+        if new:
+            yield choice(0, {"content": new})
         if isinstance(part, Answer):
-            reason = "stop" if part.captions[0].is_whole else "length"
-            yield chunk(choice({}, reason))
-            if with_usage:
-                yield chunk([], _usage(part))
+            answers.append(part)
+            told, until, begun = 0, UpToStop(asked.stops), False
+    for found in _choices(answers, asked):
+        if found.index:
+            yield choice(found.index, {"role": "assistant", "content": found.message.content})
+        yield choice(found.index, {}, found.finish_reason)
+    if with_usage:
+        yield chunk([], _usage(answers))
     yield "data: [DONE]\n\n"
 
 

@@ -73,7 +73,7 @@ def test_a_file_that_becomes_useless_locks_nobody_out_and_lets_nobody_in(
     [
         (None, "tokens_file is .*No such file.*one per line"),
         ("\n", "holds no token"),
-        ("short", "token 1 has 5 characters: use at least 16"),
+        ("short", "line 1 has a token of 5 characters: use at least 16"),
     ],
 )
 def test_a_useless_file_is_refused_at_the_start(
@@ -84,3 +84,58 @@ def test_a_useless_file_is_refused_at_the_start(
         path.write_text(content)
     with pytest.raises(ValueError, match=message):
         Tokens(str(path))
+
+
+def token(name: str) -> str:
+    return f"{name}-of-enough-length"
+
+
+@pytest.mark.parametrize(
+    ("content", "accepted", "refused"),
+    [
+        (f"{token('a')}\n{token('b')}", ["a", "b"], []),
+        (f"\ufeff{token('a')}\r\n{token('b')}\r\n", ["a", "b"], []),
+        (f"# {token('a')}\n{token('b')}\n", ["b"], ["a"]),
+        (f"  #{token('a')}\n{token('b')}\n", ["b"], ["a"]),
+        (f"{token('a')}  # of Zoë, until May\n\t\n{token('b')} #\n", ["a", "b"], []),
+        (f"\ufeff# the two\n\n   \n{token('a')}\t# {token('b')}", ["a"], ["b"]),
+        (f"{token('a')}#1\n", ["a-of-enough-length#1"], ["a"]),
+    ],
+)
+def test_comments_marks_and_empty_lines_are_no_tokens(
+    tmp_path: Path, content: str, accepted: list[str], refused: list[str]
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(content.encode())
+    tokens = Tokens(str(path))
+
+    def whole(name: str) -> str:
+        return token(name) if len(name) == 1 else name
+
+    assert all(tokens.accept(f"Bearer {whole(name)}") for name in accepted)
+    others = [whole(name) for name in refused] + ["#", "# the two", "\ufeff", "of Zoë, until May"]
+    assert not any(tokens.accept(f"Bearer {other}") for other in others)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        (f"{token('a')}\n\nshort\n".encode(), 3, "a token of 5 characters"),
+        (f"# x\n{token('a')} {token('b')}\n".encode(), 2, "a space inside a token"),
+        (f"{token('ä')}\n".encode(), 1, "a character that a header cannot carry"),
+        (f"{token('ä')}\n".encode("latin-1"), 1, "a character that a header cannot carry"),
+        (f"{token('a')}\n".encode("utf-16"), 1, "a text file in UTF-8"),
+        (f"{token('a')}\n{token('b')}\x07\n".encode(), 2, "a character that a header"),
+        (b"# only\n\n# comments\n", None, "holds no token"),
+    ],
+)
+def test_what_is_no_token_is_refused_by_its_line_without_being_told(
+    tmp_path: Path, content: bytes, line: int | None, reason: str
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        Tokens(str(path))
+    assert reason in str(caught.value)
+    assert line is None or f"{path}: line {line} has " in str(caught.value)
+    assert "of-enough-length" not in str(caught.value)

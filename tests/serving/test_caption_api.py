@@ -95,7 +95,7 @@ def test_one_bad_picture_among_several_is_named(
     answer = client().post("/caption", json={"inputs": [good, good, text(b"hello")]})
     refused(answer, 415, "inputs.2 cannot be read")
     answer = client().post("/caption", json={"inputs": [good, "%", good]})
-    refused(answer, 400, "inputs.1 is not base64")
+    refused(answer, 400, "inputs.1 is '%'..., which is not base64")
 
 
 def test_a_form_with_a_file_is_captioned_whatever_the_file_is_called(

@@ -114,6 +114,94 @@ def test_the_last_message_of_the_user_counts(
     assert captions(picture(5))[0].text != captions(picture(2))[0].text, "else any would do"
 
 
+def test_a_text_only_follow_up_is_about_the_last_pictures(
+    ask: Callable[..., Any], picture: Pictures, captions: Captions
+) -> None:
+    messages = [
+        *asking(data_uri(picture(2))),
+        {"role": "assistant", "content": "a red circle"},
+        *asking(data_uri(picture(5))),
+        {"role": "assistant", "content": "a blue square"},
+        {"role": "user", "content": "And in one word?"},
+        {"role": "user", "content": [{"type": "text", "text": "Please."}]},
+    ]
+    assert ask(messages=messages).choices[0].message.content == captions(picture(5))[0].text
+
+
+def test_each_of_several_pictures_has_a_line(
+    ask: Callable[..., Any], picture: Pictures, captions: Captions, predictor: Any
+) -> None:
+    urls = [data_uri(picture(seed)) for seed in (2, 5, 7)]
+    parts: list[Any] = [
+        {"type": "text", "text": "Compare them."},
+        {"type": "image_url", "image_url": {"url": urls[0]}},
+        {"type": "image_url", "image_url": urls[1]},
+        {"type": "input_image", "image_url": urls[2]},
+    ]
+    messages = [{"role": "user", "content": parts}]
+    expected = [captions(picture(seed), 2) for seed in (2, 5, 7)]
+    answer = ask(messages=messages, n=2)
+    for index, choice in enumerate(answer.choices):
+        lines = [f"Image {n}: {found[index].text}" for n, found in enumerate(expected, 1)]
+        assert choice.message.content.split("\n") == lines
+    rows, columns = predictor.captioner.encoder.grid
+    assert answer.usage.prompt_tokens == 3 * rows * columns
+    texts: dict[int, str] = {0: "", 1: ""}
+    for chunk in ask(messages=messages, n=2, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+    assert list(texts.values()) == [choice.message.content for choice in answer.choices]
+
+
+def test_a_caption_ends_before_a_stop_sequence(ask: Callable[..., Any]) -> None:
+    whole = ask().choices[0].message.content
+    words = whole.split()
+    assert len(words) > 4
+    # the second is the beginning of the third, and comes in two pieces of a stream
+    for stop in (words[3], [f"{words[2]} {words[3]}"], [words[2] + " x", words[1] + " " + words[2]],
+                 "never", ["", words[3][1:]], [], None):  # fmt: skip
+        sequences = [stop] if isinstance(stop, str) else stop or []
+        ends = [whole.find(one) for one in sequences if one and one in whole]
+        expected = whole[: min(ends)] if ends else whole
+        answer = ask(stop=stop).choices[0]
+        assert answer.message.content == expected
+        assert not ends or answer.finish_reason == "stop"
+        *chunks, last = list(ask(stop=stop, stream=True, temperature=0))
+        greedy = ask(stop=stop, temperature=0).choices[0]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert (text, last.choices[0].finish_reason) == (
+            greedy.message.content, greedy.finish_reason
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda plain: plain,
+        lambda plain: f"data:image/jpeg;base64,{plain}",
+        lambda plain: f"DATA:image/jpeg;BASE64,{plain}",
+        lambda plain: f"data:image/jpeg;charset=utf-8;base64,{plain}",
+        lambda plain: f"data:;base64,{plain}",
+        lambda plain: plain.rstrip("="),
+        lambda plain: plain.replace("+", "-").replace("/", "_"),
+        lambda plain: "data:image/jpeg;base64," + plain.rstrip("=").replace("/", "_"),
+        lambda plain: "data:image/jpeg;base64," + plain.replace("=", "%3D"),
+        lambda plain: plain[:76] + "\r\n" + plain[76:] + "\n",
+    ],
+)
+def test_a_picture_is_read_however_its_base64_is_spelt(
+    ask: Callable[..., Any], client: Clients, picture: Pictures, captions: Captions, spell: Any
+) -> None:
+    data = picture(2) + b"\xff\xef\xbe\xfb" * 3  # decoders do not mind what follows a picture
+    while len(data) % 3 != 1:
+        data += b"\xff"
+    plain = base64.b64encode(data).decode()
+    assert {"+", "/"} < set(plain) and plain.endswith("==")
+    assert ask(messages=asking(spell(plain))).choices[0].message.content == captions(data)[0].text
+    answer = client().post("/caption", json={"inputs": spell(plain)})
+    assert answer.json()[0]["generated_text"] == captions(data)[0].text
+
+
 def test_n_captions_come_best_first(
     ask: Callable[..., Any], picture: Pictures, captions: Captions
 ) -> None:
@@ -190,7 +278,28 @@ def test_what_asks_for_nothing_is_accepted(ask: Callable[..., Any]) -> None:
         service_tier="auto",
         safety_identifier="me",
         prompt_cache_key="key",
+        tools=[],
+        tool_choice="none",
+        parallel_tool_calls=True,
+        logit_bias={},
+        modalities=["text"],
+        stop=None,
+        stream=False,
+        stream_options=None,
+        top_logprobs=0,
+        extra_body={
+            "top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0, "best_of": 1, "echo": False,
+            "functions": None, "function_call": "auto", "chat_template_kwargs": {}, "tags": ["a"],
+            "session_id": "1", "any_vendors_field": None, "another": [], "reasoning_effort": "none",
+        },
     ).choices  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["gpt-5", "dummy", "openai/caption_ray", ""])
+def test_any_model_is_the_one_that_is_served(ask: Callable[..., Any], model: str) -> None:
+    answer = ask(model=model)
+    assert (answer.model, answer.choices) == ("caption_ray", ask().choices)
+    assert {chunk.model for chunk in ask(model=model, stream=True)} == {"caption_ray"}
 
 
 def test_models_are_listed_and_found_by_name(openai_client: Callable[..., openai.OpenAI]) -> None:
@@ -265,9 +374,9 @@ def test_the_stream_ends_as_clients_expect(client: Clients, picture: Pictures) -
 def test_what_is_refused_before_the_first_word_is_a_status(
     ask: Callable[..., Any], openai_client: Callable[..., openai.OpenAI], backend: Any
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match="n is 2: only one") as caught:
-        ask(stream=True, n=2)
-    assert caught.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="tools is .*a captioner cannot do") as caught:
+        ask(stream=True, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert caught.value.param == "tools"
     with pytest.raises(openai.APIStatusError) as unreadable:
         ask(stream=True, messages=asking(data_uri(b"hello")))
     assert unreadable.value.status_code == 415
@@ -279,6 +388,7 @@ def test_what_is_refused_before_the_first_word_is_a_status(
 # Errors ---------------------------------------------------------------------------------------
 
 
+URL = "messages.0.content.1.image_url.url"
 IMAGE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:;base64,aGVsbG8="}}
 
 
@@ -297,18 +407,25 @@ def said(*parts: Any) -> dict[str, Any]:
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "give a text"),
         ({"messages": [{"role": "user", "content": [0]}]}, "messages.0.content", "list of at most"),
         (said(*[IMAGE] * 1001), "messages.0.content", "at most 1000 parts"),
-        ({"messages": [{"role": "user", "content": "hello"}]}, "messages.0.content", "has 0 parts"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content", "has 0 parts"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages.0.content", "has 0 parts"),
-        (said(IMAGE, IMAGE), "messages.0.content", "has 2 parts of type image_url"),
-        (said({"type": "image_url"}), "messages.0.content.image_url.url", "is missing"),
-        (said({"type": "image_url", "image_url": "x"}), "messages.0.content.image_url.url", ""),
-        ({"messages": asking(7)}, "messages.0.content.image_url.url", "is missing"),
-        ({"messages": asking("data:,abc")}, "messages.0.content.image_url.url", "is not a data:"),
-        ({"messages": asking("data:;base64,%%")}, "messages.0.content.image_url.url", "not base64"),
-        ({"messages": asking("data:;base64,")}, "messages.0.content.image_url.url", "is ''"),
-        ({"messages": asking("file:///etc/passwd")}, "messages.0.content.image_url.url",
-         "URLs are not fetched"),
+        ({"messages": [{"role": "user", "content": "hello"}]}, "messages.0.content", "has no part"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "has no part of type image_url"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "must send a picture"),
+        (said(*[IMAGE] * 17), "messages.0.content", "has 17 pictures: send at most 16"),
+        (said({"type": "image_url"}), "messages.0.content.0.image_url", "is missing"),
+        (said({"type": "image_url", "image_url": "x"}), "messages.0.content.0.image_url",
+         "not base64"),
+        (said(IMAGE, {"type": "input_audio"}), "messages.0.content.1.type", "is 'input_audio'"),
+        (said({"type": "video_url", "video_url": {"url": "x"}}), "messages.0.content.0.type",
+         "parts may be text and image_url"),
+        ({"messages": asking(7)}, URL, "is missing"),
+        ({"messages": asking("data:,abc")}, URL, "is 'data:,abc'...: give base64"),
+        ({"messages": asking("data:image/png,abc;base64,")}, URL, "give base64"),
+        ({"messages": asking("data:;base64,%%")}, URL, "not base64"),
+        ({"messages": asking("data:;base64,")}, URL, "is empty"),
+        ({"messages": asking("file:///etc/passwd")}, URL, "not base64"),
+        ({"messages": asking("https://example.com/a.png")}, URL, "URLs are not fetched"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4 sequences"),
+        ({"stop": "a" * 1001}, "stop", "of at most 1000 characters"),
         ({"n": 0}, "n", "n is 0: Input should be greater than or equal to 1"),
         ({"n": 11}, "n", "less than or equal to 10"),
         ({"n": True}, "n", "n is True: Input should be a valid integer"),
@@ -320,12 +437,15 @@ def said(*parts: Any) -> dict[str, Any]:
         ({"top_p": 0}, "top_p", "greater than or equal"),
         ({"top_p": 1e-300}, "top_p", "greater than or equal"),
         ({"seed": 2**63}, "seed", "less than or equal"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "Input should be 0"),
-        ({"logprobs": True}, "logprobs", "Input should be False"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "leave it out or give 0"),
+        ({"logprobs": True}, "logprobs", "a captioner cannot do that; leave it out"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "should be 'text'"),
         ({"stream_options": {"x": 1}}, "stream_options.x", "valid: include_usage"),
-        ({"tools": []}, "tools", "tools is []: unknown; valid: model, messages"),
-        ({"extra_body": {"num_beams": 3}}, "num_beams", "num_beams is 3: unknown"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "cannot do that"),
+        ({"tool_choice": "required"}, "tool_choice", "leave it out or give 'auto'"),
+        ({"extra_body": {"top_k": 5}}, "top_k", "leave it out or give -1 or 0"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "'minimal'"),
+        ({"extra_body": {"num_beams": 3}}, "num_beams", "is 3: unknown; valid: model, messages"),
         ({"extra_body": {f"x{i}": 1 for i in range(200)}}, "the body", "202 fields; valid: model"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -341,11 +461,8 @@ def test_a_request_that_makes_no_sense_is_refused_by_field(
     assert caught.value.response.headers["x-should-retry"] == "false"
 
 
-def test_another_model_is_not_found(
-    ask: Callable[..., Any], openai_client: Callable[..., openai.OpenAI]
-) -> None:
+def test_another_model_is_not_found(openai_client: Callable[..., openai.OpenAI]) -> None:
     for attempt in (
-        lambda: ask(model="gpt-5"),
         lambda: openai_client().models.retrieve("gpt-5"),
         lambda: openai_client().models.retrieve("caption_ray/x"),
     ):
@@ -433,7 +550,7 @@ def test_a_retry_that_is_answered_is_an_answer(
         (b"hello", "Invalid JSON"),
         (b'{"model": "caption_ray"', "Invalid JSON"),
         (b"[]", "the body is []: Input should be an object"),
-        (b"{}", "model is {}: Field required"),
+        (b"{}", "messages is {}: Field required"),
         (b'{"messages": ' + b"[" * 50_000, "recursion limit"),
         (b'{"model": "\xff"}', "Invalid JSON"),
         (b'{"model": "\\ud800"}', "Invalid JSON"),
@@ -457,11 +574,11 @@ def test_urls_are_refused_unless_hosts_are_allowed(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match="URLs are not fetched") as caught:
         ask(messages=asking("http://127.0.0.1:1/picture.png"))
-    assert caught.value.param == "messages.0.content.image_url.url"
+    assert caught.value.param == URL
     client = openai_client(url_allow_list=("images.example.org",))
     with pytest.raises(openai.BadRequestError, match="not a host that pictures") as other:
         ask(client, messages=asking("http://127.0.0.1:1/picture.png"))
-    assert (other.value.code, other.value.param) == ("fetch", "messages.0.content.image_url.url")
+    assert (other.value.code, other.value.param) == ("fetch", URL)
 
 
 def test_a_picture_is_fetched_from_an_allowed_host(
@@ -501,5 +618,5 @@ def test_a_url_that_leads_to_nothing_is_refused(
     monkeypatch.setattr(chat_api, "fetch", fail)
     body = {"model": "caption_ray", "messages": asking("http://a.org/b")}
     answer = client(url_allow_list=("a.org",)).post("/v1/chat/completions", json=body)
-    refused(answer, status, "messages.0.content.image_url.url: a.org is as it is")
+    refused(answer, status, f"{URL}: a.org is as it is")
     assert answer.json()["error"]["code"] == "fetch"
