@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import codecs
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from caption_ray import storage
-from caption_ray.config import SMALLEST
+from caption_ray.config import SMALLEST, Count
 from caption_ray.serving import sse
 from caption_ray.serving.contract import (
     MAX_BEAMS,
@@ -35,6 +36,10 @@ from caption_ray.serving.errors import Refusal, Strict, documented, explain, rea
 from caption_ray.serving.service import MAX_PICTURES, Service, first_of
 
 MAX_SEED = 2**63 - 1
+
+JAVASCRIPT_CLIENT = "@huggingface/inference"
+"""How the User-Agent of Hugging Face's client for JavaScript begins: its imageToText fails on a
+list. (In browsers it cannot say so, and needs `?format=object`.)"""
 
 
 class Generation(Strict):
@@ -64,7 +69,7 @@ class Generation(Strict):
     temperature: float | None = Field(default=None, ge=SMALLEST, le=10)
     """Words are sampled from softmax(logits / temperature); default 1."""
 
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: Count | None = None
     """Sample among this many of the likeliest words only."""
 
     top_p: float | None = Field(default=None, ge=SMALLEST, le=1)
@@ -112,7 +117,8 @@ class Parameters(Generation):
     `{"words": [...]}`, finally `captions` with what the answer would have been, or `error`."""
 
     format: Literal["list", "object"] = "list"
-    """`object`: only the best caption, not in a list, as JavaScript clients expect."""
+    """`object`: only the best caption, not in a list, as Hugging Face's client for JavaScript
+    expects it; where that says who it is, this is the default."""
 
     def options(self) -> Options:
         temperature = (self.temperature or 1.0) if self.samples else None
@@ -203,6 +209,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         "properties": {
             "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
             "parameters": {"type": "string", "description": "As in the JSON body, as text."},
+            **{name: {"type": "string"} for name in Parameters.model_fields},
         },
     }
     body = {
@@ -217,11 +224,12 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         200: {
             "description": "Captions, the best first; a list of these for a list of pictures.",
             "model": list[GeneratedCaption] | list[list[GeneratedCaption]] | GeneratedCaption,
-            "content": {"text/event-stream": {}},
+            "content": {"text/event-stream": {}, "text/plain": {}},
         },
         **documented("caption", 400, 401, 408, 413, 415, 422, 429, 500, 503, 504),
     }
 
+    @app.post("/", include_in_schema=False, response_model=None)  # Inference Endpoints' habit
     @app.post(
         "/caption",
         tags=["captions"],
@@ -233,7 +241,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         """Captions of pictures: the body is a picture's bytes, JSON with base64, or a form.
 
         The header X-Checkpoint names the checkpoint, X-Batch-Size how many pictures were captioned
-        together.
+        together. With `Accept: text/plain` the answer is captions alone, one a line.
         """
         async with service.body(request) as data:
             asked = await _read(data, request.headers, query)
@@ -260,9 +268,28 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
             "X-Checkpoint": ",".join(map(storage.name, answers[0].checkpoint.split(","))),
             "X-Batch-Size": str(max(answer.batch_size for answer in answers)),
         }
+        accept = request.headers.get("accept", "")
+        if _quality(accept, "text/plain") > _quality(accept, "application/json"):
+            lines = (caption.text + "\n" for answer in answers for caption in answer.captions)
+            return PlainTextResponse("".join(lines), headers=headers)
         return JSONResponse(_content(answers, asked), headers=headers)
 
     return [CaptionRequest]
+
+
+def _quality(accept: str, kind: str) -> float:
+    """How much an Accept header wants a type of content (RFC 9110, 12.5.1)."""
+    ranges = {"*/*": 0, f"{kind.partition('/')[0]}/*": 1, kind: 2}
+    best, quality = -1, 0.0
+    for part in accept.lower().split(","):
+        media, *parameters = (text.strip() for text in part.split(";"))
+        if ranges.get(media, -1) > best:
+            best, weight = ranges[media], [p[2:] for p in parameters if p.startswith("q=")]
+            try:
+                quality = float(weight[0]) if weight else 1.0
+            except ValueError:
+                quality = 0.0
+    return quality
 
 
 def _content(answers: list[Answer], asked: Asked) -> Any:
@@ -312,10 +339,15 @@ async def _read(data: bytes, headers: Headers, query: Parameters) -> Asked:
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "multipart/form-data":
         asked = await _read_form(data, headers, query)
-    elif kind == "application/json" or data[:1] == b"{":  # no picture begins with this
+    # no picture begins with this
+    elif kind == "application/json" or data.removeprefix(codecs.BOM_UTF8)[:1] == b"{":
         asked = await asyncio.to_thread(_read_json, data, query)
     else:
         asked = Asked([data], False, query)
+    if "format" not in asked.parameters.model_fields_set and headers.get(
+        "user-agent", ""
+    ).startswith(JAVASCRIPT_CLIENT):
+        asked = asked._replace(parameters=asked.parameters.model_copy(update={"format": "object"}))
     if asked.parameters.stream and asked.is_list:
         raise Refusal(400, "validation", "stream is true: send one picture", field="stream")
     return asked
@@ -336,33 +368,41 @@ async def _read_form(data: bytes, headers: Headers, query: Parameters) -> Asked:
     async def stream() -> AsyncGenerator[bytes, None]:
         yield data
 
-    parser = MultiPartParser(headers, stream(), max_files=MAX_PICTURES, max_fields=1)
+    most = 1 + len(Parameters.model_fields)
+    parser = MultiPartParser(headers, stream(), max_files=MAX_PICTURES, max_fields=most)
     parser.spool_max_size = len(data)  # keeps it in memory: uploads are never stored
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise Refusal(400, "validation", f"the form cannot be read: {error}") from error
-    unknown = sorted(set(form) - {"image", "parameters"})
+    valid = ["image", "parameters", *Parameters.model_fields]
+    unknown = sorted(set(form) - set(valid))
     if unknown:
         # repr, as the form's charset may give characters that cannot be encoded
-        message = f"{unknown[0]!r} is not a field of the form: valid are image and parameters"
-        raise Refusal(400, "validation", message, field=unknown[0])
+        message = f"{unknown[0][:100]!r} is not a field of the form; valid: {', '.join(valid)}"
+        raise Refusal(400, "validation", message, field=unknown[0][:100])
     files = [file for file in form.getlist("image") if isinstance(file, UploadFile)]
     if not files or len(files) != len(form.getlist("image")):
         message = "image is missing, or not a file: send pictures as files named image"
         raise Refusal(400, "validation", message, field="image")
     text = form.get("parameters")
     own = read_json(JsonParameters, str(text), "parameters") if text is not None else None
+    fields = {name: value for name, value in form.items() if name in Parameters.model_fields}
+    try:  # text, which becomes numbers as in the query
+        beside = Parameters.model_validate(fields)
+    except ValidationError as error:
+        raise explain(error, Parameters) from error
     pictures = [await file.read() for file in files]
-    return Asked(pictures, len(pictures) > 1, _merge(own, query))
+    return Asked(pictures, len(pictures) > 1, _merge(own, _merge(beside, query)))
 
 
-def _merge(own: JsonParameters | None, query: Parameters) -> Parameters:
+def _merge(own: Parameters | None, query: Parameters) -> Parameters:
     """The parameters of the body, those nested in it and the query's, as one. Raises Refusal."""
     if own is None:
         return query
     sources: list[BaseModel] = [query, own]
-    sources += [part for part in (own.generation_parameters, own.generate_kwargs) if part]
+    if isinstance(own, JsonParameters):
+        sources += [part for part in (own.generation_parameters, own.generate_kwargs) if part]
     merged: dict[str, Any] = {}
     nested = {"generation_parameters", "generate_kwargs"}
     for source in sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -116,6 +117,8 @@ class Strict(BaseModel):
 
 def read_json(model: type[Read], data: str | bytes, prefix: str = "") -> Read:
     """JSON as `model`; raises Refusal. Nothing is converted: neither true nor "1" is a number."""
+    if isinstance(data, bytes):
+        data = data.removeprefix(codecs.BOM_UTF8)  # programs on Windows like to begin with it
     try:
         return model.model_validate_json(data, strict=True)
     except ValidationError as error:

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi_offline import FastAPIOffline
 from PIL import Image
 from pydantic import BaseModel
@@ -36,7 +37,7 @@ from caption_ray.serving.errors import Family, Refusal, documented, refuse_field
 from caption_ray.serving.service import Service, Settings, header, unforeseen
 
 OPEN_PATHS = ("/livez", "/readyz", "/", "/docs", "/openapi.json", "/static-offline-docs")
-"""Paths that need no token: the probes, the page and the documentation."""
+"""Paths that can be read without a token: the probes, the page and the documentation."""
 
 MAX_EXAMPLES = 4
 """Most example pictures that the page shows."""
@@ -52,7 +53,11 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
     app = FastAPIOffline(
         title="caption_ray",
         description="Captions for pictures. Every answer has the header X-Request-ID.",
+        docs_url=None,
         redoc_url=None,
+        # the folder that this document is in, wherever a proxy has put it
+        servers=[{"url": "."}],
+        root_path_in_servers=False,
     )
     service = Service(backend, settings)
     tokens = Tokens(settings.tokens_file)
@@ -61,10 +66,12 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            allow_methods=["GET", "HEAD", "POST"],
+            # whatever the browser asks for: clients and tracers send headers of their own
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "X-Checkpoint", "X-Batch-Size", "Retry-After"],
         )
+    app.add_middleware(_Head)
     app.add_middleware(_Unforeseen)  # outermost, so that it sees every error
 
     @app.exception_handler(Refusal)
@@ -104,6 +111,18 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
     async def info() -> dict[str, Any]:
         """The model, its checkpoint, the checkpoint that was last refused, and the limits."""
         return {**await backend.info(), "limits": service.limits}
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        # relative, so that it works behind a proxy that strips a prefix, too
+        folder = "static-offline-docs"
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="caption_ray",
+            swagger_js_url=f"{folder}/swagger-ui-bundle.js",
+            swagger_css_url=f"{folder}/swagger-ui.css",
+            swagger_favicon_url=f"{folder}/favicon.png",
+        )
 
     _add_page(app, settings.examples)
     schemas = [*caption_api.add(app, service), *chat_api.add(app, service)]
@@ -236,8 +255,7 @@ class _Authorize:
         if (
             scope["type"] != "http"
             or not self.tokens.required
-            or _path(scope).startswith(OPEN_PATHS[-1])
-            or _path(scope) in OPEN_PATHS
+            or self._is_open(scope)
             or self.tokens.accept(header(scope, b"authorization"))
         ):
             await self.app(scope, receive, send)
@@ -249,6 +267,29 @@ class _Authorize:
             headers={"WWW-Authenticate": "Bearer"},
         )
         await refusal.response(_family(scope))(scope, receive, send)
+
+    @staticmethod
+    def _is_open(scope: Scope) -> bool:
+        path = _path(scope)
+        reads = scope["method"] in ("GET", "HEAD")
+        return reads and (path in OPEN_PATHS or path.startswith(f"{OPEN_PATHS[-1]}/"))
+
+
+class _Head:
+    """Middleware: answers HEAD wherever GET is answered, with the same headers and no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        await self.app({**scope, "method": "GET"}, receive, without_body)
 
 
 class _Unforeseen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,6 +29,9 @@ from caption_ray.serving.errors import Refusal
 
 MAX_PICTURES = 16
 """Most pictures in one request."""
+
+ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+"""Content-Encodings of a body, with zlib's number for them."""
 
 Part = TypeVar("Part")
 
@@ -93,6 +97,11 @@ class Service:
                 raise Refusal(
                     408, "timeout", f"the body was not complete after {seconds:g} s"
                 ) from None
+            encoding = request.headers.get("content-encoding", "identity").strip().lower()
+            if encoding not in ("", "identity"):
+                data = await asyncio.to_thread(unzipped, data, encoding, self.settings)
+                held += len(data)
+                self._buffered += len(data)
             if not data:
                 raise Refusal(400, "validation", "the body is empty: send the bytes of a picture")
             yield data
@@ -147,6 +156,29 @@ class Service:
             "max_new_tokens": MAX_LENGTH,
             "request_timeout_s": self.settings.request_timeout_s,
         }
+
+
+def unzipped(data: bytes, encoding: str, settings: Settings) -> bytes:
+    """What a compressed body holds, which counts as the body. Raises Refusal."""
+    limit = settings.max_body_bytes
+    if encoding not in ENCODINGS:
+        message = f"Content-Encoding is {encoding[:100]!r}: send {', '.join(ENCODINGS)} or none"
+        headers = {"Accept-Encoding": ", ".join(ENCODINGS)}
+        raise Refusal(415, "validation", message, field="Content-Encoding", headers=headers)
+    found = bytearray()
+    try:
+        while data:  # gzip may have several parts
+            unzip = zlib.decompressobj(ENCODINGS[encoding])
+            found += unzip.decompress(data, limit + 1 - len(found))
+            if len(found) > limit:
+                raise Refusal(413, "validation", f"the body has more than {limit} bytes")
+            if not unzip.eof:
+                raise zlib.error("it breaks off")
+            data = unzip.unused_data
+    except zlib.error as error:
+        message = f"the body is no {encoding}, as its Content-Encoding says: {error}"
+        raise Refusal(400, "validation", message) from error
+    return bytes(found)
 
 
 async def first_of(parts: AsyncIterator[Part]) -> tuple[Part, AsyncIterator[Part]]:

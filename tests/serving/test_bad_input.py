@@ -443,7 +443,7 @@ def test_what_comes_is_counted_whatever_was_announced(
     ("method", "path", "status"),
     [
         ("GET", "/nothing", 404),
-        ("POST", "/", 405),
+        ("PUT", "/", 405),
         ("POST", "/captions", 404),
         ("POST", "/caption/1", 404),
         ("POST", "/Caption", 404),

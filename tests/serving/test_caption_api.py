@@ -121,19 +121,25 @@ def test_a_form_may_hold_parameters(client: Clients, picture: Pictures, captions
         "/caption", files={"image": picture(2)}, data={"parameters": json.dumps(BESIDE)}
     )
     assert texts(answer) == said(captions(picture(2), 3, beam_size=4))
+    fields = {name: str(value) for name, value in BESIDE.items()}
+    answer = client().post("/caption", files={"image": picture(2)}, data=fields)
+    assert texts(answer) == said(captions(picture(2), 3, beam_size=4))
 
 
 @pytest.mark.parametrize(
     ("files", "data", "piece"),
     [
         ({"image": b"x", "mask": b"x"}, {}, "'mask' is not a field of the form"),
-        ({"image": b"x"}, {"seed": "1"}, "'seed' is not a field of the form"),
+        ({"image": b"x"}, {"seed": "-1"}, "seed is '-1'"),
+        ({"image": b"x"}, {"num_beams": "many"}, "num_beams is 'many'"),
+        ({"image": b"x"}, {"sede": "1"}, "'sede' is not a field of the form; valid: image, param"),
+        ({"image": b"x"}, {"seed": "1", "parameters": '{"seed": 2}'}, "seed is both 1 and 2"),
         ({"parameters": b"{}"}, {}, "image is missing"),
         ({"none": b""}, {}, "'none' is not a field of the form"),
         ({"image": b"x"}, {"parameters": "{"}, "parameters is '{': Invalid JSON"),
         ({"image": b"x"}, {"parameters": '{"seed": -1}'}, "parameters.seed is -1"),
         ({"image": b"x"}, {"parameters": '{"inputs": ""}'}, "parameters.inputs is '': unknown"),
-        ({"image": b"x"}, {"parameters": "{}", "image": "x"}, "the form cannot be read: Too many"),
+        ({"image": b"x"}, {"parameters": "{}", "image": "x"}, "image is missing, or not a file"),
         ([("image", b"x")] * 17, {}, "the form cannot be read: Too many files"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
