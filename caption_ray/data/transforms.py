@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pillow_heif
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What `decode` accepts, as Pillow names it; JPEG includes MPO, several JPEGs in one file."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF")
+"""What `decode` accepts, as Pillow names it; JPEG includes MPO, several JPEGs in one file, and HEIF
+is what telephones call HEIC."""
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded (to 3 bytes a pixel)."""
@@ -34,8 +36,18 @@ JPEG_QUALITY = 90
 HEAD_BYTES = 16
 """What `is_picture` wants to see."""
 
+# It applies the rotation that the file names, and leaves none in the EXIF data. A decoder of its own
+# for each picture is enough: many are decoded side by side.
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+pillow_heif.options.DECODE_THREADS = 1
+
 _ORIENTATION_TAG = 0x0112
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+_BRANDS = (
+    *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"),
+    *(b"mif1", b"mif2", b"msf1", b"avif", b"avis"),
+)
+"""What may follow `ftyp` in HEIF and AVIF; videos have others."""
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _DECODER_ERRORS = (
     OSError,
@@ -86,6 +98,7 @@ def is_picture(head: bytes) -> bool:
         head.startswith(_SIGNATURES)
         or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
         or (head[:2], head[6:10]) == (b"BM", bytes(4))
+        or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
     )
 
 

@@ -9,7 +9,19 @@ from fnmatch import fnmatchcase
 from caption_ray import storage
 from caption_ray.data import listing, transforms
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".heic",
+    ".heif",
+    ".avif",
+)
 """Of files that are taken for pictures unseen."""
 
 SHOWN = 3

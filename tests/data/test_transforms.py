@@ -52,7 +52,8 @@ def oriented(kind: str, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
-    return encode(quadrants(), kind, exif=exif, **options)
+    # in HEIF a box of its own says it, which pillow-heif writes if it gets the EXIF data as bytes
+    return encode(quadrants(), kind, exif=exif.tobytes() if kind == "HEIF" else exif, **options)
 
 
 def seen(pixels: Pixels) -> str:
@@ -89,7 +90,7 @@ def photos(coco_mini: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "HEIF", "AVIF"])
 def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     data = oriented(kind, orientation)
     pixels = transforms.decode(data)
@@ -98,7 +99,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     assert transforms.image_size(data) == (pixels.shape[1], pixels.shape[0])
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"])
+@pytest.mark.parametrize("kind", [*transforms.FORMATS, "MPO"])
 def test_every_accepted_format_is_decoded(kind: str) -> None:
     options = {"save_all": True, "append_images": [quadrants()]} if kind == "MPO" else {}
     pixels = transforms.decode(encode(quadrants(), kind, **options))
@@ -225,7 +226,7 @@ def test_formats_that_are_not_accepted_are_refused() -> None:
             transforms.decode(encode(quadrants(), kind))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "HEIF", "AVIF"])
 def test_truncated_pictures_are_refused(kind: str) -> None:
     data = encode(noise(96, 64), kind)
     for length in (len(data) - 2 if kind == "JPEG" else len(data) // 2, len(data) // 3):
@@ -240,7 +241,7 @@ def test_a_refusal_tells_format_size_and_reason() -> None:
 
 
 def test_a_damaged_header_is_not_taken_for_another_format() -> None:
-    for kind in ("PNG", "WEBP", "GIF", "JPEG"):
+    for kind in ("PNG", "WEBP", "GIF", "JPEG", "HEIF", "AVIF"):
         with pytest.raises(ImageError) as refusal:
             transforms.decode(encode(quadrants(), kind)[:14])
         assert not isinstance(refusal.value, UnknownFormatError)
@@ -285,6 +286,8 @@ def test_damaged_bytes_give_pixels_or_an_image_error() -> None:
         ("GIF", {}),
         ("BMP", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
+        ("HEIF", {}),
+        ("AVIF", {}),
     ]
     refused = 0
     for kind, options in kinds:

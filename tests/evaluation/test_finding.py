@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
         "c.jfif": picture(),
         "d": picture("PNG"),
         "notes.txt": b"words",
-        "e.heic": b"\0\0\0\x18ftypheic\0\0\0\0",
+        "e.mp4": b"\0\0\0\x18ftypisom\0\0\0\0",
         "empty": b"",
         "sub/deep/f.png": picture("PNG"),
         "sub/g.jpg": picture(),
@@ -99,7 +99,7 @@ def test_to_mean_no_picture_is_an_error(folder: Path, images: str) -> None:
 def test_what_is_no_picture_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found(folder, "*")
     assert capsys.readouterr().out == (
-        "Skipped 3 files that are no pictures: e.heic, empty, notes.txt\n"
+        "Skipped 3 files that are no pictures: e.mp4, empty, notes.txt\n"
     )
     (folder / "more.txt").write_bytes(b"words")
     with pytest.raises(ValueError, match=r"there is 2 files that are none: more.txt, notes.txt"):
@@ -136,7 +136,7 @@ def test_a_file_that_cannot_be_looked_into_gets_a_line(
         raise PermissionError("not yours")
 
     monkeypatch.setattr("caption_ray.storage.read_range", refuse)
-    assert set(found(folder, "*")) == {*ALL, "notes.txt", "e.heic", "empty"}
+    assert set(found(folder, "*")) == {*ALL, "notes.txt", "e.mp4", "empty"}
 
 
 @pytest.mark.parametrize("kind", [*transforms.FORMATS, "MPO"])

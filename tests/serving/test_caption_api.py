@@ -21,7 +21,7 @@ Captions = Callable[..., list[Caption]]
 Clients = Callable[..., TestClient]
 Refused = Callable[..., None]
 
-KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF")
 BESIDE = {"num_beams": 4, "num_return_sequences": 3}
 """Parameters that change the test checkpoint's captions."""
 

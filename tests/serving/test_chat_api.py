@@ -90,7 +90,7 @@ def test_a_completion_is_the_best_caption(
     assert answer.usage.total_tokens == rows * columns + len(best.words)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF"])
 @pytest.mark.parametrize("declared", ["image/jpeg", "image/png", "", "text/plain;charset=utf-8"])
 def test_content_decides_on_the_format_not_the_data_uri(
     ask: Callable[..., Any], picture: Pictures, captions: Captions, kind: str, declared: str

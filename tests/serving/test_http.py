@@ -135,7 +135,7 @@ def test_info_tells_the_model_and_the_limits_that_hold(client: Clients, predicto
     assert answer["limits"] == {
         "max_body_bytes": 1234,
         "max_pixels": 64_000_000,
-        "formats": ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"],
+        "formats": ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF"],
         "max_pictures": 16,
         "max_beams": 10,
         "max_return_sequences": 10,
