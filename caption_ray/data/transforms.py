@@ -36,8 +36,8 @@ JPEG_QUALITY = 90
 HEAD_BYTES = 16
 """What `is_picture` wants to see."""
 
-# It applies the rotation that the file names, and leaves none in the EXIF data. A decoder of its own
-# for each picture is enough: many are decoded side by side.
+# It applies the rotation that the file names, and leaves none in the EXIF data. One thread for each
+# picture is enough, as many are decoded side by side.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
 pillow_heif.options.DECODE_THREADS = 1
 

@@ -244,7 +244,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         together. With `Accept: text/plain` the answer is captions alone, one a line.
         """
         async with service.body(request) as data:
-            asked = await _read(data, request.headers, query)
+            asked = await _read(data, request.headers, query, service)
             options = asked.parameters.options()
             if asked.parameters.stream:
                 parts = service.stream(asked.pictures[0], options)
@@ -334,14 +334,14 @@ def _refused(refusal: Refusal) -> str:
 # Bodies ---------------------------------------------------------------------------------------
 
 
-async def _read(data: bytes, headers: Headers, query: Parameters) -> Asked:
+async def _read(data: bytes, headers: Headers, query: Parameters, service: Service) -> Asked:
     """Parses the body and merges the query's parameters. Raises Refusal."""
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "multipart/form-data":
         asked = await _read_form(data, headers, query)
     # no picture begins with this
     elif kind == "application/json" or data.removeprefix(codecs.BOM_UTF8)[:1] == b"{":
-        asked = await asyncio.to_thread(_read_json, data, query)
+        asked = await service.parse(_read_json, data, query)
     else:
         asked = Asked([data], False, query)
     if "format" not in asked.parameters.model_fields_set and headers.get(

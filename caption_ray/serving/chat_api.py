@@ -7,7 +7,6 @@ lists, settings at the value that changes nothing, notes of the client's own.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 import uuid
@@ -24,7 +23,6 @@ from caption_ray.serving.caption_api import MAX_SEED, decode_base64
 from caption_ray.serving.contract import MAX_LENGTH, MAX_RETURN, Answer, NextWords, Options
 from caption_ray.serving.conversation import UpToStop, picture_urls
 from caption_ray.serving.errors import Refusal, Strict, documented, read_json
-from caption_ray.serving.fetch import FetchError, fetch
 from caption_ray.serving.service import Service, first_of
 
 ASKS_FOR_NOTHING: tuple[Any, ...] = (None, False, "", [], {}, "none")
@@ -265,9 +263,9 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
     async def complete(request: Request) -> Response:
         """A caption of the picture in the last message of the user."""
         async with service.body(request) as data:
-            asked = await asyncio.to_thread(read_json, ChatRequest, data)
+            asked = await service.parse(read_json, ChatRequest, data)
             _require_supported(asked)
-            pictures = await asyncio.to_thread(_pictures, asked, service)
+            pictures = await _pictures(asked, service)
             chat_id = f"chatcmpl-{uuid.uuid4().hex}"
             if asked.stream:
                 parts = _stream(pictures, asked, service)
@@ -343,26 +341,14 @@ def _usage(answers: list[Answer]) -> Usage:
     return Usage(prompt_tokens=regions, completion_tokens=words, total_tokens=regions + words)
 
 
-def _pictures(asked: ChatRequest, service: Service) -> list[bytes]:
+async def _pictures(asked: ChatRequest, service: Service) -> list[bytes]:
     """The bytes of the pictures that are asked about. Raises Refusal."""
     return [
-        _fetch(url, field, service)
+        await service.fetch(url, field)
         if re.match("https?://", url, re.IGNORECASE)
-        else decode_base64(url, field)
+        else await service.parse(decode_base64, url, field)
         for url, field in picture_urls(asked.messages)
     ]
-
-
-def _fetch(url: str, field: str, service: Service) -> bytes:
-    settings = service.settings
-    if not settings.url_allow_list:
-        message = f"{field}: URLs are not fetched; send the picture as data:image/...;base64,..."
-        raise Refusal(400, "validation", message, field=field)
-    try:
-        return fetch(url, settings.url_allow_list, settings.max_body_bytes, settings.body_timeout_s)
-    except FetchError as error:
-        status = 413 if error.kind == "too_large" else 400
-        raise Refusal(status, "fetch", f"{field}: {error}", field=field) from error
 
 
 async def _stream(

@@ -57,7 +57,9 @@ class Ingress:
         self.encoder = encoder
         self.last_info = info
         self.settings = settings
-        self.decoders = ThreadPoolExecutor(DECODE_THREADS)
+        self.decoders = ThreadPoolExecutor(DECODE_THREADS, "decode")
+        # of its own, since nothing that pictures do may keep the probes waiting
+        self.prober = ThreadPoolExecutor(1, "probe")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http(self, self.settings)
@@ -133,7 +135,7 @@ class Ingress:
         loop = asyncio.get_running_loop()
         try:
             return await asyncio.wait_for(
-                loop.run_in_executor(None, self._status), STATUS_TIMEOUT_S
+                loop.run_in_executor(self.prober, self._status), STATUS_TIMEOUT_S
             )
         except (asyncio.TimeoutError, ray.exceptions.RayError):
             return "starting"

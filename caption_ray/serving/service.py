@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,9 +27,16 @@ from caption_ray.serving.contract import (
     UnavailableError,
 )
 from caption_ray.serving.errors import Refusal
+from caption_ray.serving.fetch import FetchError, fetch
 
 MAX_PICTURES = 16
 """Most pictures in one request."""
+
+MAX_FETCHES = 32
+"""Most pictures that are fetched from URLs at a time; servers that answer slowly hold no more."""
+
+PARSE_THREADS = 4
+"""Bodies that are unpacked and parsed at a time."""
 
 ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 """Content-Encodings of a body, with zlib's number for them."""
@@ -60,6 +68,41 @@ class Service:
         self.backend = backend
         self.settings = settings
         self._buffered = 0
+        self._fetches = 0
+        # Each kind of work has threads of its own, or servers that trickle would keep bodies from
+        # being parsed, and these the probes from being answered.
+        self._fetchers = ThreadPoolExecutor(MAX_FETCHES, "fetch")
+        self._parsers = ThreadPoolExecutor(PARSE_THREADS, "parse")
+
+    async def parse(self, function: Callable[..., Part], *arguments: Any) -> Part:
+        """What the function returns, called on a thread for parsing."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._parsers, function, *arguments)
+
+    async def fetch(self, url: str, field: str) -> bytes:
+        """The bytes at a URL that the field of that name holds. Raises Refusal."""
+        settings = self.settings
+        if not settings.url_allow_list:
+            why = "URLs are not fetched; send the picture as data:image/...;base64,..."
+            raise Refusal(400, "validation", f"{field}: {why}", field=field)
+        if self._fetches >= MAX_FETCHES:
+            why = f"{MAX_FETCHES} pictures are being fetched already; try again"
+            raise Refusal(429, "overloaded", f"{field}: {why}", field=field, retry_after=1)
+        loop = asyncio.get_running_loop()
+        limits = (settings.url_allow_list, settings.max_body_bytes, settings.body_timeout_s)
+        fetching = self._fetchers.submit(fetch, url, *limits)
+        self._fetches += 1
+
+        def end() -> None:
+            self._fetches -= 1
+
+        # not when the request ends: its thread goes on until the time of a fetch is up
+        fetching.add_done_callback(lambda _: loop.call_soon_threadsafe(end))
+        try:
+            return await asyncio.wrap_future(fetching)
+        except FetchError as error:
+            status = 413 if error.kind == "too_large" else 400
+            raise Refusal(status, "fetch", f"{field}: {error}", field=field) from error
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytes]:
@@ -99,7 +142,7 @@ class Service:
                 ) from None
             encoding = request.headers.get("content-encoding", "identity").strip().lower()
             if encoding not in ("", "identity"):
-                data = await asyncio.to_thread(unzipped, data, encoding, self.settings)
+                data = await self.parse(unzipped, data, encoding, self.settings)
                 held += len(data)
                 self._buffered += len(data)
             if not data:

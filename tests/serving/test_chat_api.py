@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from patience import scaled
 from starlette.testclient import TestClient
 
 from caption_ray.captioning.predictor import Caption
 from caption_ray.config import TokenizerName
 from caption_ray.data.tokenizer import Tokenizer
 from caption_ray.data.vocabulary import Vocabulary
-from caption_ray.serving import chat_api
+from caption_ray.serving import service
 from caption_ray.serving.batching import QueueFullError
 from caption_ray.serving.contract import MAX_LENGTH, Options, UnavailableError
 from caption_ray.serving.fetch import FetchError
@@ -615,8 +619,48 @@ def test_a_url_that_leads_to_nothing_is_refused(
         assert asked == ("http://a.org/b", ("a.org",), 100_000, 5.0)
         raise FetchError(kind, "a.org is as it is")
 
-    monkeypatch.setattr(chat_api, "fetch", fail)
+    monkeypatch.setattr(service, "fetch", fail)
     body = {"model": "caption_ray", "messages": asking("http://a.org/b")}
     answer = client(url_allow_list=("a.org",)).post("/v1/chat/completions", json=body)
     refused(answer, status, f"{URL}: a.org is as it is")
     assert answer.json()["error"]["code"] == "fetch"
+
+
+def test_urls_that_hang_keep_nobody_else_waiting(
+    client: Clients, picture: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, end = threading.Semaphore(0), threading.Event()
+
+    def hang(*asked: Any) -> bytes:
+        hanging.release()
+        end.wait(60)
+        return picture(1)
+
+    monkeypatch.setattr(service, "fetch", hang)
+    http = client(url_allow_list=("a.org",))
+    with http, ThreadPoolExecutor(64) as callers:  # one event loop for all requests
+        body = {"messages": asking("http://a.org/slow")}
+        slow = [callers.submit(http.post, "/v1/chat/completions", json=body) for _ in range(64)]
+        for _ in range(service.MAX_FETCHES):
+            assert hanging.acquire(timeout=scaled(30))
+        refused = [call.result() for call in itertools.islice(as_completed(slow), 32)]
+        assert {answer.status_code for answer in refused} == {429}
+        assert {answer.headers["Retry-After"] for answer in refused} == {"1"}
+        encoded = {"inputs": base64.b64encode(picture(1)).decode()}
+        waits = []
+        for _ in range(20):
+            for get in (
+                lambda: http.get("/livez"),
+                lambda: http.get("/readyz"),
+                lambda: http.post("/caption", json=encoded),
+                lambda: http.post("/v1/chat/completions",
+                                  json={"messages": asking(data_uri(picture(1)))}),
+            ):  # fmt: skip
+                begun = time.monotonic()
+                assert get().status_code == 200
+                waits.append(time.monotonic() - begun)
+        assert max(waits) < scaled(5), "none waits for the 60 s of the others"
+        end.set()
+        assert sorted(call.result().status_code for call in slow) == [200] * 32 + [429] * 32
+        again = http.post("/v1/chat/completions", json=body)
+        assert again.status_code == 200, "what has ended counts no more"
