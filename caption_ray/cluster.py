@@ -47,6 +47,13 @@ SERVING_ENVIRONMENT = {
 }
 """Environment of the endpoint's processes."""
 
+INGRESS_ENVIRONMENT = {
+    # Memory of large pictures goes back to the system at once. By itself the C library would keep
+    # it for others, hundreds of megabytes after the first large picture.
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+}
+"""Environment of the processes that decode pictures for the endpoint, besides the above."""
+
 TRAIN_ENVIRONMENT = {
     # how soon workers hear that a node is being preempted: the checkpoint needs most of the seconds
     # that are left

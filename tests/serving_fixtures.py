@@ -170,6 +170,7 @@ def client(backend: LocalBackend) -> Callable[..., TestClient]:
         defaults: dict[str, Any] = {
             "max_body_bytes": MAX_BODY_BYTES,
             "max_buffered_bytes": 10 * MAX_BODY_BYTES,
+            "max_decoding_bytes": 10**9,
             "body_timeout_s": 5.0,
             "request_timeout_s": 5.0,
             "tokens_file": None,

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -282,8 +281,8 @@ def prepare(data: bytes, encoder: EncoderConfig) -> Images:
 
 def prepare_with_box(data: bytes, encoder: EncoderConfig) -> tuple[Images, Box]:
     """`prepare`, and the part of the upright picture that the encoder sees."""
-    pixels: NDArray[Any] = transforms.decode(data)
-    height, width = pixels.shape[:2]
-    box = transforms.visible(height, width, encoder.image_fit)
-    square = transforms.fit(pixels, encoder.image_size, encoder.image_fit)
+    picture = transforms.Picture(data)
+    box = transforms.visible(*picture.shape, encoder.image_fit)
+    window = transforms.fitting(*picture.shape, encoder.image_fit)
+    square = picture.squeeze(window, encoder.image_size)
     return np.ascontiguousarray(square), box

@@ -82,10 +82,9 @@ class Preparation:
         _blank(prepared, f"{prepared['file_name']}: {error}")
 
     def _decode(self, data: bytes, prepared: dict[str, Any]) -> NDArray[np.uint8]:
-        image = transforms.decode(data)
-        height, width, _ = image.shape
-        window = self.window(height, width, prepared["number"], prepared["flip"])
-        return transforms.squeeze(image, window, self.encoder.image_size)
+        picture = transforms.Picture(data)
+        window = self.window(*picture.shape, prepared["number"], prepared["flip"])
+        return picture.squeeze(window, self.encoder.image_size)
 
     def window(self, height: int, width: int, number: int, flip: bool) -> Window:
         """The part of a picture of `height` x `width` that is shown; every call gives the same.

@@ -10,7 +10,8 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +26,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF")
 is what telephones call HEIC."""
 
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded (to 3 bytes a pixel)."""
+"""Larger pictures are refused before they are decoded, ..."""
+MAX_PIXELS_OF = {"WEBP": 36_000_000, "AVIF": 49_000_000}
+"""... and in formats whose decoders hold a picture several times, already these, so that none takes
+more than MAX_DECODING_BYTES."""
+
+MAX_DECODING_BYTES = 600 * 2**20
+"""The most memory that decoding any picture takes; see `decoding_bytes`."""
+
+BAND_PIXELS = 1_000_000
+"""Pixels that become RGB at a time; smaller pictures as a whole."""
 
 ASPECTS = (3 / 4, 4 / 3)
 """Narrowest and widest random crop, width / height."""
@@ -73,23 +83,86 @@ class UnknownFormatError(ImageError):
     """Bytes that are no picture in an accepted format."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """The picture in `data`, upright: uint8 RGB (H, W, 3).
+class Picture:
+    """A picture that is decoded to pixels of its own kind; what is wanted of it becomes RGB in
+    bands of rows. So it takes little more memory than its own pixels, where converting it as a
+    whole would take up to five times as much.
 
-    The content decides on the format, the first frame is taken of an animation, 16-bit grey is
-    scaled to 8 bits, and what is transparent becomes white.
-
-    Raises ImageError if there is no picture, it is damaged or it has more than `max_pixels`.
+    The picture is upright, the content decides on the format, the first frame is taken of an
+    animation, 16-bit grey is scaled to 8 bits, and what is transparent becomes white.
     """
-    image = _open(data, max_pixels)
-    try:
-        return _upright(_to_rgb(image, data), _orientation(image))
-    except ImageError:
-        raise
-    except _DECODER_ERRORS as error:
-        width, height = image.size
-        what = f"{image.format} of {width} x {height}"
-        raise ImageError(f"{what} cannot be decoded: {error}") from error
+
+    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+        """Raises ImageError if there is no picture in `data`, it is damaged or it has more than
+        `max_pixels`."""
+        self._image = _open(data, max_pixels)
+        with _refusing(self._image):
+            self._jpeg = _decode_jpeg(self._image, data)
+            if self._jpeg is None:
+                self._image.load()
+                _check_mode(self._image)
+            self._orientation = _orientation(self._image)
+        width, height = self._image.size
+        self.shape = (width, height) if self._orientation >= 5 else (height, width)
+        """Height and width."""
+
+    def rows(self, top: int, bottom: int) -> Pixels:
+        """uint8 RGB (bottom - top, W, 3)."""
+        # where they are in what is stored, of which rows are columns or run backwards
+        height, _ = self.shape
+        backwards = self._orientation in (3, 4, 7, 8)
+        first, last = (height - bottom, height - top) if backwards else (top, bottom)
+        width, height = self._image.size
+        box = (first, 0, last, height) if self._orientation >= 5 else (0, first, width, last)
+        if self._jpeg is not None:
+            stored = self._jpeg[box[1] : box[3], box[0] : box[2]]
+        else:
+            with _refusing(self._image):
+                stored = _to_rgb(self._image.crop(box))
+        return _upright(stored, self._orientation)
+
+    def pixels(self) -> Pixels:
+        """All of it: uint8 RGB (H, W, 3)."""
+        height, width = self.shape
+        bands = list(_bands(0, *self.shape))
+        if len(bands) == 1:
+            return self.rows(0, height)
+        whole = np.empty((height, width, 3), np.uint8)
+        for top, bottom in bands:
+            whole[top:bottom] = self.rows(top, bottom)
+        return whole
+
+    def squeeze(self, window: Window, size: int) -> Pixels:
+        """What the window shows, antialiased: (size, size, 3); the same as of `pixels()`, to the
+        last bit."""
+        square = self.resize(window, size, size)
+        return square[:, ::-1] if window.is_mirrored else square
+
+    def resize(self, window: Window, height: int, width: int) -> Pixels:
+        """What the window shows (not mirrored), antialiased: (height, width, 3)."""
+        left, right = window.left, window.left + window.width
+        # Torch, as Pillow, scales rows first, each for itself, and then the columns of what it got.
+        parts = (
+            [
+                _resize(self.rows(top, bottom)[:, left:right], bottom - top, width)
+                for top, bottom in _bands(window.top, window.height, self.shape[1])
+            ]
+            if window.height * self.shape[1] > BAND_PIXELS
+            else [self.rows(window.top, window.top + window.height)[:, left:right]]
+        )
+        return _resize(np.concatenate(parts) if len(parts) > 1 else parts[0], height, width)
+
+
+def _bands(top: int, height: int, width: int) -> Iterator[tuple[int, int]]:
+    """First row and the row after the last of each band."""
+    rows = max(1, BAND_PIXELS // width)
+    for first in range(top, top + height, rows):
+        yield first, min(first + rows, top + height)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """The picture in `data`, upright: uint8 RGB (H, W, 3); see Picture, also for what it raises."""
+    return Picture(data, max_pixels).pixels()
 
 
 def is_picture(head: bytes) -> bool:
@@ -109,7 +182,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """
     image = _open(data, MAX_PIXELS)
     if image.format == "TIFF":  # Pillow turns these itself, on loading
-        height, width = decode(data).shape[:2]
+        height, width = Picture(data).shape
         return width, height
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)
@@ -128,21 +201,41 @@ def upright_jpeg_shape(data: bytes) -> tuple[int, int] | None:
     return height, width
 
 
+def decoding_bytes(data: bytes) -> int:
+    """An upper bound, close to what was measured, of the memory that `Picture(data)` and what is
+    made of it take meanwhile: read from the header. Raises ImageError as `image_size` does."""
+    image = _open(data, MAX_PIXELS)
+    width, height = image.size
+    a_pixel = _BYTES_A_PIXEL.get(str(image.format)) or (
+        1.4 if image.mode in ("1", "L", "P") else 3.0 if image.mode.startswith("I;16") else 4.4
+    )
+    if image.format == "JPEG" and "progressive" in image.info:
+        a_pixel *= 2  # its coefficients are kept, two bytes each, until the last scan is read
+    return int(a_pixel * width * height) + 24 * 2**20
+
+
+_BYTES_A_PIXEL = {"JPEG": 4.7, "WEBP": 16.5, "AVIF": 11.9, "HEIF": 8.9, "TIFF": 8.0}
+"""Of formats that need more than Pillow's one or four for their own pixels."""
+
+
 def shrink(data: bytes, shorter_side: int) -> bytes:
     """The picture as an upright RGB JPEG whose shorter side has at most so many pixels.
 
     A picture that is all that already (and baseline, not progressive) stays byte for byte as it
     is, once it has proved to be decodable. Raises ImageError as `decode` does.
     """
-    pixels = decode(data)
+    picture = Picture(data)
     image = _open(data, MAX_PIXELS)
     is_plain = image.format == "JPEG" and image.mode == "RGB" and "progressive" not in image.info
     if is_plain and _orientation(image) == 1 and min(image.size) <= shorter_side:
         return data
-    height, width = pixels.shape[:2]
+    height, width = picture.shape
     scale = shorter_side / min(height, width)
     if scale < 1:
-        pixels = _resize(pixels, round(height * scale), round(width * scale))
+        whole = Window(0, 0, height, width)
+        pixels = picture.resize(whole, round(height * scale), round(width * scale))
+    else:
+        pixels = picture.pixels()
     buffer = io.BytesIO()
     try:
         Image.fromarray(np.ascontiguousarray(pixels)).save(
@@ -249,30 +342,57 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except _DECODER_ERRORS as error:
         raise ImageError(str(error)) from error
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} are more than {max_pixels} pixels")
+    most = min(max_pixels, MAX_PIXELS_OF.get(str(image.format), max_pixels))
+    if width * height > most:
+        of_kind = f" of a {image.format}" if most < max_pixels else ""
+        raise ImageError(f"{width} x {height} are more than {most} pixels{of_kind}")
     return image
 
 
-def _to_rgb(image: Image.Image, data: bytes) -> Pixels:
-    if image.format == "JPEG" and image.mode in ("RGB", "L"):
-        # the same pixels as Pillow's, to the last bit, in half of the time
-        try:
-            pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB")
-            return pixels
-        except ValueError:
-            pass  # damaged: Pillow knows how badly, and finds words for it
-    image.load()
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
+    """A JPEG's pixels as they are stored: the same as Pillow's, to the last bit, in half of the
+    time. None for others, and for damaged ones: Pillow knows how badly, and finds words for it."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB")
+        return pixels
+    except ValueError:
+        return None
+
+
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def _check_mode(image: Image.Image) -> None:
+    if image.mode in ("I", "F") and not _is_deep_grey(image):
+        raise ImageError(f"{image.format} with 32 bits a channel: these have no fixed white")
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    """A picture that is loaded, or a part of one."""
+    if image.mode.startswith("I"):  # 16 bits: _check_mode refuses what has more
         grey = np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise ImageError(f"{image.format} with 32 bits a channel: these have no fixed white")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+@contextmanager
+def _refusing(image: Image.Image) -> Iterator[None]:
+    """ImageError, telling what kind of picture it is, for what decoders raise."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except _DECODER_ERRORS as error:
+        width, height = image.size
+        what = f"{image.format} of {width} x {height}"
+        raise ImageError(f"{what} cannot be decoded: {error}") from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -291,7 +411,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
         pixels = pixels.transpose(1, 0, 2)
     rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
     columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
-    return np.ascontiguousarray(pixels[rows, columns])
+    return pixels[rows, columns].copy()  # torch takes no negative strides, even of a single row
 
 
 def _resize(image: Pixels, height: int, width: int) -> Pixels:

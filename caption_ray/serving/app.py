@@ -7,7 +7,7 @@ Each scales independently. Importing this has no side effects: `build_app` build
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import ray
 import torch
@@ -33,6 +33,7 @@ from caption_ray.config import (
     from_dict,
     from_environment,
 )
+from caption_ray.data import transforms
 from caption_ray.serving.auth import Tokens
 from caption_ray.serving.errors import Strict
 from caption_ray.serving.fetch import check_allow_list
@@ -49,6 +50,9 @@ MAX_QUEUE = 1024
 INGRESS_REQUESTS = 1024
 """In-flight requests of one ingress before Ray queues them in its proxy. Far above what the ingress
 admits, so that it is the ingress that refuses, in JSON and with a computed Retry-After."""
+
+
+DecodingBytes = Annotated[Bytes, Field(ge=transforms.MAX_DECODING_BYTES)]
 
 
 class Arguments(Strict):
@@ -103,6 +107,10 @@ class Arguments(Strict):
 
     max_buffered_bytes: Bytes = 256 * 1024 * 1024
     """Most bytes of bodies that one ingress holds at a time (else 429)."""
+
+    max_decoding_bytes: DecodingBytes = 1024 * 1024 * 1024
+    """Most memory that the pictures which one ingress decodes at a time may take, by what their
+    headers say; others wait. One picture alone takes up to 600 MiB."""
 
     tokens_file: Uri | None = Field(default_factory=lambda: from_environment(TOKENS_FILE_VARIABLE))
     """File, on the nodes, with the tokens that are accepted in `Authorization: Bearer`, one per
@@ -180,7 +188,7 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
         max_ongoing_requests=INGRESS_REQUESTS,
         ray_actor_options={
             "num_cpus": 1,
-            "runtime_env": {"env_vars": cluster.SERVING_ENVIRONMENT},
+            "runtime_env": {"env_vars": cluster.SERVING_ENVIRONMENT | cluster.INGRESS_ENVIRONMENT},
         },
     )(serve.ingress()(Ingress))
     return ingress.bind(
@@ -198,6 +206,7 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
         Settings(
             max_body_bytes=args.max_body_bytes,
             max_buffered_bytes=args.max_buffered_bytes,
+            max_decoding_bytes=args.max_decoding_bytes,
             body_timeout_s=args.body_timeout_s,
             request_timeout_s=args.request_timeout_s,
             tokens_file=args.tokens_file,

@@ -21,14 +21,16 @@ from ray.serve.schema import ApplicationStatus, DeploymentStatus, ReplicaState
 from caption_ray import ray_internals
 from caption_ray.captioning.predictor import Box, Images, prepare_with_box
 from caption_ray.config import EncoderConfig
+from caption_ray.data import transforms
 from caption_ray.serving.batching import QueueFullError
+from caption_ray.serving.budget import Budget
 from caption_ray.serving.contract import Answer, NextWords, Options, Status, UnavailableError
 from caption_ray.serving.http import build_http
 from caption_ray.serving.replica import DEPLOYMENT, Full, Outdated, Reply
 from caption_ray.serving.service import Settings
 
 DECODE_THREADS = 4
-"""Pictures that one ingress decodes at a time; the largest one allowed takes 200 MB."""
+"""Pictures that one ingress decodes at a time, if their memory is within its budget."""
 
 ATTEMPTS = 2
 """Most captioners to try if one dies with the picture: captioning it twice is harmless."""
@@ -57,6 +59,7 @@ class Ingress:
         self.encoder = encoder
         self.last_info = info
         self.settings = settings
+        self.budget = Budget(settings.max_decoding_bytes)
         self.decoders = ThreadPoolExecutor(DECODE_THREADS, "decode")
         # of its own, since nothing that pictures do may keep the probes waiting
         self.prober = ThreadPoolExecutor(1, "probe")
@@ -106,7 +109,13 @@ class Ingress:
 
     async def _prepare(self, picture: bytes, encoder: EncoderConfig) -> tuple[Images, Box]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.decoders, prepare_with_box, picture, encoder)
+        async with self.budget.take(transforms.decoding_bytes(picture)):
+            decoding = loop.run_in_executor(self.decoders, prepare_with_box, picture, encoder)
+            try:
+                return await asyncio.shield(decoding)
+            except asyncio.CancelledError:  # its thread goes on, and holds the memory, to the end
+                await asyncio.wait([decoding])
+                raise
 
     async def _call(
         self, image: Images, encoder: EncoderConfig, options: Options

@@ -52,6 +52,7 @@ class Settings:
 
     max_body_bytes: int
     max_buffered_bytes: int
+    max_decoding_bytes: int
     body_timeout_s: float
     request_timeout_s: float
     tokens_file: str | None
@@ -192,6 +193,8 @@ class Service:
         return {
             "max_body_bytes": self.settings.max_body_bytes,
             "max_pixels": transforms.MAX_PIXELS,
+            "max_pixels_of": transforms.MAX_PIXELS_OF,
+            "max_decoding_bytes": self.settings.max_decoding_bytes,
             "formats": list(transforms.FORMATS),
             "max_pictures": MAX_PICTURES,
             "max_beams": MAX_BEAMS,

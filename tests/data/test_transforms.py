@@ -479,3 +479,55 @@ def test_shrinking_refuses_what_cannot_be_decoded() -> None:
             transforms.shrink(data[: len(data) // 2], shorter_side)
     with pytest.raises(ImageError, match="70000 x 1 does not fit"):
         transforms.shrink(encode(Image.new("L", (70_000, 1)), "PNG"), 32)
+
+
+# bands
+
+
+MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "1": ("PNG", {}),
+    "L": ("PNG", {}),
+    "LA": ("PNG", {}),
+    "P": ("GIF", {"transparency": 3}),
+    "I;16": ("PNG", {}),
+    "RGB": ("TIFF", {}),
+    "RGBA": ("PNG", {}),
+    "CMYK": ("JPEG", {}),
+    "YCbCr": ("JPEG", {}),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", MODES)
+def test_bands_give_what_the_whole_gives_to_the_last_bit(
+    mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, options = MODES[mode]
+    image = noise(203, 131)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257)
+    elif mode in ("RGBA", "LA"):
+        image.putalpha(noise(203, 131, seed=1).convert("L"))
+    image = image if mode == "I;16" else image.convert(mode)
+    if kind != "GIF":
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {**options, "exif": exif}
+    picture = transforms.Picture(encode(image, kind, **options))
+    height, width = picture.shape
+    whole = picture.pixels()
+    windows = [
+        transforms.fitting(height, width, "stretch"),
+        transforms.fitting(height, width, "crop"),
+        transforms.Window(11, 7, height - 30, width - 9, is_mirrored=True),
+        transforms.Window(3, 5, 32, 32),
+    ]
+    for rows in (1, 7, 64):
+        monkeypatch.setattr(transforms, "BAND_PIXELS", rows * width)
+        assert np.array_equal(picture.pixels(), whole)
+        for window in windows:
+            for size in (32, 96, 160):
+                expected = transforms.squeeze(whole, window, size)
+                assert np.array_equal(picture.squeeze(window, size), expected), (window, size)
+    assert whole.shape == (height, width, 3)
+    assert np.array_equal(picture.rows(5, 9), whole[5:9])

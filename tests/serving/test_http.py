@@ -135,6 +135,8 @@ def test_info_tells_the_model_and_the_limits_that_hold(client: Clients, predicto
     assert answer["limits"] == {
         "max_body_bytes": 1234,
         "max_pixels": 64_000_000,
+        "max_pixels_of": {"WEBP": 36_000_000, "AVIF": 49_000_000},
+        "max_decoding_bytes": 10**9,
         "formats": ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF"],
         "max_pictures": 16,
         "max_beams": 10,
