@@ -102,3 +102,65 @@ def without_object_store(handle: Any) -> Any:
     except TypeError as error:
         _say_lost("pictures take 5 ms longer from ingress to captioner", repr(error))
         return handle
+
+
+def raylet_pid() -> int | None:
+    """The process that started this one, if this is one of Ray's workers; else None."""
+    try:
+        worker = ray._private.worker.global_worker
+        return os.getppid() if worker.mode == ray._private.worker.WORKER_MODE else None
+    except AttributeError as error:
+        _say_lost("nobody notices that two endpoints share a port", repr(error))
+        return None
+
+
+def http_port() -> int | None:
+    """Where the Serve that runs in this cluster answers; None if none does."""
+    try:
+        from ray.serve.context import _get_global_client
+
+        client = _get_global_client(raise_if_no_controller_running=False)
+        return None if client is None else int(client.http_config.port)
+    except (ImportError, AttributeError, TypeError) as error:
+        _say_lost("nobody notices that two endpoints share a port", repr(error))
+        return None
+
+
+class ProxyMender:
+    """Has Ray's HTTP proxies, of all nodes, read requests with h11.
+
+    The parser that they use by default (httptools) takes a request with `Upgrade: h2c`, as the
+    JDK's client and `curl --http2` send it, for the end of HTTP/1.1: it drops the body, and takes
+    one that arrives later for a request of its own. h11 ignores an upgrade that nobody answers.
+    """
+
+    def __init__(self) -> None:
+        self._done: set[str] = set()
+
+    def mend(self) -> None:
+        """Mend the proxies that have come since the last call; connections that are open already
+        are left as they are."""
+        try:
+            for actor in ray.util.list_named_actors(all_namespaces=True):
+                if not actor["name"].startswith("SERVE_PROXY_ACTOR"):
+                    continue
+                proxy = ray.get_actor(actor["name"], namespace=actor["namespace"])
+                key = proxy._actor_id.hex()
+                if key not in self._done:
+                    if ray.get(proxy.__ray_call__.remote(read_http_with_h11), timeout=10):
+                        self._done.add(key)  # else it has not opened its port yet
+        except (AttributeError, ValueError, ray.exceptions.RayError) as error:
+            logger.debug("A proxy is mended later: %r", error)
+
+
+def read_http_with_h11(_: Any = None) -> int:
+    """What `ProxyMender` does in the process of each; returns how many servers it found."""
+    import gc
+
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    servers = [found for found in gc.get_objects() if isinstance(found, uvicorn.Server)]
+    for server in servers:
+        server.config.http_protocol_class = H11Protocol
+    return len(servers)

@@ -37,7 +37,8 @@ from caption_ray.data import transforms
 from caption_ray.serving.auth import Tokens
 from caption_ray.serving.errors import Strict
 from caption_ray.serving.fetch import check_allow_list
-from caption_ray.serving.ingress import Ingress
+from caption_ray.serving.ingress import Ingress, require_own_port
+from caption_ray.serving.port import PortTakenError
 from caption_ray.serving.replica import DEPLOYMENT, CaptionerReplica, Serving, describe
 from caption_ray.serving.service import Settings
 
@@ -153,6 +154,10 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
             args = from_dict(Arguments, args, "args of caption_ray.serving.app:build_app")
         except ValueError as error:
             raise StartError(str(error)) from error
+    try:
+        require_own_port()
+    except PortTakenError as error:
+        raise StartError(str(error)) from error
     serving = Serving(
         checkpoint=args.checkpoint, storage=args.storage, follow_interval_s=args.follow_interval_s
     )

@@ -6,10 +6,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import threading
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import ray
 from fastapi import FastAPI
 from ray import serve
@@ -26,6 +29,7 @@ from caption_ray.serving.batching import QueueFullError
 from caption_ray.serving.budget import Budget
 from caption_ray.serving.contract import Answer, NextWords, Options, Status, UnavailableError
 from caption_ray.serving.http import build_http
+from caption_ray.serving.port import require_alone
 from caption_ray.serving.replica import DEPLOYMENT, Full, Outdated, Reply
 from caption_ray.serving.service import Settings
 
@@ -43,6 +47,29 @@ UNAVAILABLE = (BackPressureError, DeploymentUnavailableError, RayActorError)
 logger = logging.getLogger("ray.serve")
 
 
+MEND_SECONDS = 5.0
+"""Between two looks for proxies on nodes that have come since."""
+
+
+def require_own_port() -> None:
+    """Raise PortTakenError if, on this node, somebody else was at Serve's port first. Nothing where
+    that cannot be told: outside of Ray's workers, before Serve runs."""
+    raylet, port = ray_internals.raylet_pid(), ray_internals.http_port()
+    if raylet is not None and port is not None:
+        try:
+            require_alone(port, raylet)
+        except psutil.AccessDenied:  # macOS lets only root look
+            logger.warning(f"Whether port {port} has another endpoint cannot be seen here")
+
+
+def _mend_proxies() -> None:
+    """For as long as this process lives."""
+    mender = ray_internals.ProxyMender()
+    while True:
+        mender.mend()
+        time.sleep(MEND_SECONDS)
+
+
 class Ingress:
     """The HTTP application's `Backend`: decodes a picture and sends it to a captioner."""
 
@@ -53,7 +80,10 @@ class Ingress:
         info: dict[str, Any],
         settings: Settings,
     ) -> None:
-        """`encoder` and `info` are those of the checkpoint that is served first."""
+        """`encoder` and `info` are those of the checkpoint that is served first. Raises
+        PortTakenError if somebody else answers at the port of this node already."""
+        require_own_port()
+        threading.Thread(target=_mend_proxies, name="mend proxies", daemon=True).start()
         self.captioner = ray_internals.without_object_store(captioner)
         self.streaming_captioner = self.captioner.options(stream=True)
         self.encoder = encoder
