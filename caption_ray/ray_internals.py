@@ -126,6 +126,40 @@ def http_port() -> int | None:
         return None
 
 
+def _http_proxies() -> list[Any]:
+    """Handles of Serve's HTTP proxies, one a node."""
+    return [
+        ray.get_actor(actor["name"], namespace=actor["namespace"])
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith("SERVE_PROXY_ACTOR")
+    ]
+
+
+def leave_http_port() -> None:
+    """Have Serve's proxy on this node close its port, and so leave it to whoever else is there."""
+    try:
+        here = ray.get_runtime_context().get_node_id()
+        left = [proxy.__ray_call__.remote(_stop_listening, here) for proxy in _http_proxies()]
+        ray.wait(left, num_returns=len(left), timeout=10)
+    except (AttributeError, ValueError, ray.exceptions.RayError) as error:
+        _say_lost("the port that was taken stays open; end this Serve", repr(error))
+
+
+def _stop_listening(_: Any, node_id: str) -> None:
+    if ray.get_runtime_context().get_node_id() == node_id:
+        for server in _http_servers():
+            server.should_exit = True
+
+
+def _http_servers() -> list[Any]:
+    """The HTTP servers of this process."""
+    import gc
+
+    import uvicorn
+
+    return [found for found in gc.get_objects() if isinstance(found, uvicorn.Server)]
+
+
 class ProxyMender:
     """Has Ray's HTTP proxies, of all nodes, read requests with h11.
 
@@ -141,10 +175,7 @@ class ProxyMender:
         """Mend the proxies that have come since the last call; connections that are open already
         are left as they are."""
         try:
-            for actor in ray.util.list_named_actors(all_namespaces=True):
-                if not actor["name"].startswith("SERVE_PROXY_ACTOR"):
-                    continue
-                proxy = ray.get_actor(actor["name"], namespace=actor["namespace"])
+            for proxy in _http_proxies():
                 key = proxy._actor_id.hex()
                 if key not in self._done:
                     if ray.get(proxy.__ray_call__.remote(read_http_with_h11), timeout=10):
@@ -155,12 +186,9 @@ class ProxyMender:
 
 def read_http_with_h11(_: Any = None) -> int:
     """What `ProxyMender` does in the process of each; returns how many servers it found."""
-    import gc
-
-    import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    servers = [found for found in gc.get_objects() if isinstance(found, uvicorn.Server)]
+    servers = _http_servers()
     for server in servers:
         server.config.http_protocol_class = H11Protocol
     return len(servers)

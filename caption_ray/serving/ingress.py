@@ -29,7 +29,7 @@ from caption_ray.serving.batching import QueueFullError
 from caption_ray.serving.budget import Budget
 from caption_ray.serving.contract import Answer, NextWords, Options, Status, UnavailableError
 from caption_ray.serving.http import build_http
-from caption_ray.serving.port import require_alone
+from caption_ray.serving.port import PortTakenError, require_alone
 from caption_ray.serving.replica import DEPLOYMENT, Full, Outdated, Reply
 from caption_ray.serving.service import Settings
 
@@ -58,6 +58,9 @@ def require_own_port() -> None:
     if raylet is not None and port is not None:
         try:
             require_alone(port, raylet)
+        except PortTakenError:
+            ray_internals.leave_http_port()  # `serve run` would keep it open, with nothing behind
+            raise
         except psutil.AccessDenied:  # macOS lets only root look
             logger.warning(f"Whether port {port} has another endpoint cannot be seen here")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,9 @@ MAX_PICTURES = 16
 
 MAX_FETCHES = 32
 """Most pictures that are fetched from URLs at a time; servers that answer slowly hold no more."""
+
+MAX_REQUEST_ID = 128
+"""Characters of a request id that are logged and told."""
 
 PARSE_THREADS = 4
 """Bodies that are unpacked and parsed at a time."""
@@ -240,8 +244,10 @@ async def first_of(parts: AsyncIterator[Part]) -> tuple[Part, AsyncIterator[Part
 
 
 def request_id(scope: Scope) -> str:
-    """The client's X-Request-ID, or one that Ray's proxy made; the proxy sends it back."""
-    return header(scope, b"x-request-id") or "?"
+    """The client's X-Request-ID, or one that Ray's proxy made; the proxy sends it back. Cut, and
+    without what could forge a line of the log."""
+    found = header(scope, b"x-request-id") or "?"
+    return re.sub(r"[^!-~]", "?", found[:MAX_REQUEST_ID])
 
 
 def header(scope: Scope, name: bytes) -> str | None:

@@ -702,3 +702,27 @@ def test_a_folder_without_pictures_stops_the_start(client: Clients, tmp_path: Pa
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="notes.txt is not a picture: .*accepted format"):
         client(examples=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ("a" * 60_000, "a" * 128),
+        ("\x1b[31mRED\x1b[0m é INFO fake", "?[31mRED?[0m????INFO?fake"),
+        ("mine", "mine"),
+    ],
+)
+def test_a_request_id_is_cut_and_forges_no_line(
+    client: Clients,
+    picture: Pictures,
+    backend: Any,
+    log: pytest.LogCaptureFixture,
+    sent: str,
+    told: str,
+) -> None:
+    backend.raises = RuntimeError("unforeseen")
+    headers = {"X-Request-ID": sent.encode()}
+    answer = client().post("/caption", content=picture(1), headers=headers)
+    assert answer.json()["error"] == f"internal error in request {told}"
+    (record,) = [record for record in log.records if record.levelname == "ERROR"]
+    assert record.getMessage() == f"Request {told} failed"
