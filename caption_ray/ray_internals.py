@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -137,27 +138,25 @@ def _http_proxies() -> list[Any]:
 
 def leave_http_port() -> None:
     """Have Serve's proxy on this node close its port, and so leave it to whoever else is there."""
+    here = ray.get_runtime_context().get_node_id()
+
+    # Functions inside of this one, as below: Ray sends them whole, to processes of its own that
+    # may not find this package.
+    def stop_listening(_: Any) -> None:
+        import gc
+
+        import uvicorn
+
+        if ray.get_runtime_context().get_node_id() == here:
+            for server in gc.get_objects():
+                if isinstance(server, uvicorn.Server):
+                    server.should_exit = True
+
     try:
-        here = ray.get_runtime_context().get_node_id()
-        left = [proxy.__ray_call__.remote(_stop_listening, here) for proxy in _http_proxies()]
-        ray.wait(left, num_returns=len(left), timeout=10)
+        left = [proxy.__ray_call__.remote(stop_listening) for proxy in _http_proxies()]
+        ray.get(left, timeout=10)
     except (AttributeError, ValueError, ray.exceptions.RayError) as error:
         _say_lost("the port that was taken stays open; end this Serve", repr(error))
-
-
-def _stop_listening(_: Any, node_id: str) -> None:
-    if ray.get_runtime_context().get_node_id() == node_id:
-        for server in _http_servers():
-            server.should_exit = True
-
-
-def _http_servers() -> list[Any]:
-    """The HTTP servers of this process."""
-    import gc
-
-    import uvicorn
-
-    return [found for found in gc.get_objects() if isinstance(found, uvicorn.Server)]
 
 
 class ProxyMender:
@@ -166,6 +165,9 @@ class ProxyMender:
     The parser that they use by default (httptools) takes a request with `Upgrade: h2c`, as the
     JDK's client and `curl --http2` send it, for the end of HTTP/1.1: it drops the body, and takes
     one that arrives later for a request of its own. h11 ignores an upgrade that nobody answers.
+    What it lets pass is seen to as well: a request with two lengths is refused, one with a whole
+    URL (RFC 9112, 3.2.2) is taken for its path, and an X-Request-ID, which the proxy decodes and
+    sends back, is cut and has printable characters only.
     """
 
     def __init__(self) -> None:
@@ -178,17 +180,54 @@ class ProxyMender:
             for proxy in _http_proxies():
                 key = proxy._actor_id.hex()
                 if key not in self._done:
-                    if ray.get(proxy.__ray_call__.remote(read_http_with_h11), timeout=10):
+                    if ray.get(proxy.__ray_call__.remote(_reader()), timeout=10):
                         self._done.add(key)  # else it has not opened its port yet
+        except ray.exceptions.RayTaskError as error:
+            _say_lost("clients that ask for HTTP/2 lose their bodies", repr(error.cause))
         except (AttributeError, ValueError, ray.exceptions.RayError) as error:
-            logger.debug("A proxy is mended later: %r", error)
+            logger.debug("A proxy is mended later: %r", error)  # as it is just starting or ending
 
 
-def read_http_with_h11(_: Any = None) -> int:
-    """What `ProxyMender` does in the process of each; returns how many servers it found."""
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+def _reader() -> Callable[[Any], int]:
+    """What mends a proxy, in its process; it returns how many servers it found there."""
 
-    servers = _http_servers()
-    for server in servers:
-        server.config.http_protocol_class = H11Protocol
-    return len(servers)
+    def read_with_h11(_: Any) -> int:
+        import gc
+        import re
+
+        import uvicorn
+        from uvicorn.protocols.http.h11_impl import H11Protocol
+
+        def checked(app: Any) -> Any:
+            async def call(scope: Any, receive: Any, send: Any) -> None:
+                if scope["type"] == "http":
+                    names = {name for name, _ in scope["headers"]}
+                    if {b"content-length", b"transfer-encoding"} <= names:
+                        headers = [(b"connection", b"close"), (b"content-type", b"text/plain")]
+                        await send(
+                            {"type": "http.response.start", "status": 400, "headers": headers}
+                        )
+                        body = b"Content-Length and Transfer-Encoding: send one of them"
+                        await send({"type": "http.response.body", "body": body})
+                        return
+                    if scope["path"].startswith(("http://", "https://")):
+                        path = "/" + "".join(scope["path"].split("/", 3)[3:])
+                        scope = {**scope, "path": path, "raw_path": path.encode()}
+                    scope["headers"] = [
+                        (name, re.sub(rb"[^!-~]", b"?", value[:128]))
+                        if name == b"x-request-id"
+                        else (name, value)
+                        for name, value in scope["headers"]
+                    ]
+                await app(scope, receive, send)
+
+            return call
+
+        servers = [found for found in gc.get_objects() if isinstance(found, uvicorn.Server)]
+        for server in servers:
+            if server.config.http_protocol_class is not H11Protocol:
+                server.config.http_protocol_class = H11Protocol
+                server.config.loaded_app = checked(server.config.loaded_app)
+        return len(servers)
+
+    return read_with_h11
