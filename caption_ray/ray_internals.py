@@ -84,6 +84,16 @@ def submission_id() -> str | None:
     return found
 
 
+def is_started_here() -> bool:
+    """Whether this process started the Ray that it uses, which then has no nodes but this machine
+    and never will."""
+    try:
+        return ray._private.worker._global_node is not None
+    except AttributeError as error:
+        _say_lost("runs that are too large for this machine wait for ever", repr(error))
+        return False
+
+
 def pass_on_to_train(variable: str) -> None:
     """Have Ray Train's controller and its helpers see this environment variable of the driver."""
     try:

@@ -99,7 +99,7 @@ def train(config: Config) -> Finished:
     run = storage.join(config.run.storage, config.run.name)
     storage.arrow_uri(config.run.storage)  # refused before anything is written
     if not run_folder.has_begun(run):
-        _check_start(config)
+        _check_start(config, gpus)
     dataset = open_data(config)
     start = _start(config)
     if start is None:
@@ -177,12 +177,27 @@ def _train(
             )
 
 
-def _check_start(config: Config) -> None:
-    """Raise ValueError or OSError, before workers start, for what would end each of them."""
+def _check_start(config: Config, gpus: float) -> None:
+    """Raise ValueError or OSError, before workers start, for what would end each of them, or let
+    them wait for ever."""
     workers = config.train.min_workers or config.train.num_workers
-    # if there are too few even for the workers, nodes that start on demand may bring more
-    if workers * config.train.cpus_per_worker <= cluster.num_cpus():
-        cpus_for_decoding(config, workers)
+    option = "min-workers" if config.train.min_workers else "num-workers"
+    for kind, each, there in (
+        ("CPUs", config.train.cpus_per_worker, cluster.num_cpus()),
+        ("GPUs", 1 if gpus else 0, cluster.num_gpus()),
+    ):
+        if workers * each <= there:
+            continue
+        needs = f"{workers} workers need {workers * each:g} {kind}, of which there are {there:g}"
+        if ray_internals.is_started_here():
+            raise ValueError(
+                f"--train.{option} is {workers}: {needs}; lower it"
+                + (" or --train.cpus-per-worker" if kind == "CPUs" else "")
+                + ", or submit the job to a larger cluster"
+            )
+        _say(f"note: {needs}: waiting for nodes that start on demand, if this cluster has such")
+        return
+    cpus_for_decoding(config, workers)
     if config.train.start_from is None and config.model.encoder.weights != "none":
         initial.initial_encoder(config.model.encoder)
 

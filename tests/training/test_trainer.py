@@ -56,6 +56,24 @@ def test_a_run_is_not_resumed_with_averaged_weights_that_it_did_not_have(undistu
         trainer.train(tiny_config(shards, runs, name, ema_decay=0.9))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"num_workers": 9},
+            r"num-workers is 9: 9 workers need 4\.5 CPUs, of which there are 4;",
+        ),
+        ({"num_workers": 2, "cpus_per_worker": 3}, "2 workers need 6 CPUs"),
+        ({"num_workers": 9, "min_workers": 9}, "min-workers is 9: 9 workers need 4.5"),
+        ({"num_workers": 2, "use_gpu": True}, "2 workers need 2 GPUs, of which there are 0"),
+    ],
+)
+def test_more_workers_than_this_machine_can_have_are_refused(shards, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer.train(tiny_config(shards, tmp_path, "large", **settings))
+    assert not any(tmp_path.iterdir())
+
+
 def test_decoding_on_a_gpu_needs_one_before_anything_is_written(shards, tmp_path):
     settings = tiny_config(shards, tmp_path, "none")
     data = dataclasses.replace(settings.data, decode="device")
