@@ -16,6 +16,7 @@ def main() -> None:
     settings = config.parse(description=__doc__)
     trainer.check(settings)  # at once, before Ray starts
     command.check_output("run.storage", settings.run.storage, folder=True)
+    trainer.check_inputs(settings)
     cluster.connect(settings.run.storage)
     try:
         finished = trainer.train(settings)

@@ -54,6 +54,7 @@ def test_train_names_its_run_and_why_a_picture_has_no_caption(
     ]
     finished = SimpleNamespace(run=ODD, checkpoint="c", history=[])
     monkeypatch.setattr(trainer, "check", lambda settings: None)
+    monkeypatch.setattr(trainer, "check_inputs", lambda settings: None)
     monkeypatch.setattr(trainer, "train", lambda settings: finished)
     monkeypatch.setattr(checkpoint, "load", lambda uri: uri)
     monkeypatch.setattr(trainer, "open_data", lambda settings: None)

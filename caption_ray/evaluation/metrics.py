@@ -69,7 +69,8 @@ def _read_json(uri: str) -> Any:
     try:
         return json_entries.parse(uri, io.BytesIO(storage.read_bytes(storage.resolve(uri))))
     except OSError as error:
-        raise ValueError(f"{uri}: {error}") from error
+        why = error.strerror or str(error).removeprefix(f"{storage.resolve(uri)}: ")
+        raise ValueError(f"{uri}: {why}") from error
 
 
 def match(

@@ -6,6 +6,7 @@ these do is in worker.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections import Counter
@@ -28,7 +29,7 @@ from caption_ray import cluster, ray_internals, storage
 from caption_ray.captioning import checkpoint, ownership, run_folder
 from caption_ray.captioning.checkpoint import Loaded
 from caption_ray.captioning.ownership import Claim, LostError
-from caption_ray.config import Config, DataConfig, require, to_dict
+from caption_ray.config import Config, DataConfig, EncoderConfig, require, to_dict
 from caption_ray.data import unspaced
 from caption_ray.data.dataset import DataSet, open_shards, open_source
 from caption_ray.data.ingest import ensure_shapes
@@ -75,6 +76,19 @@ def check(config: Config) -> None:
         "it begins with a captioner that cross-entropy trained; name its run as --train.start-from",
     )
     initial.check_model(config)
+
+
+def check_inputs(config: Config) -> None:
+    """Raise ValueError or OSError for data, weights or a start that are not there: for a job to ask
+    before it starts Ray, once its output is checked."""
+    if config.data.shards is not None:
+        open_shards(config.data.shards)
+    if config.train.start_from is not None:
+        run_folder.find(config.train.start_from)
+    name = config.run.name
+    run = name and storage.join(storage.resolve(config.run.storage), name)
+    if not run or not run_folder.has_begun(run):
+        _check_weights(config)
 
 
 def train(config: Config) -> Finished:
@@ -198,8 +212,18 @@ def _check_start(config: Config, gpus: float) -> None:
         _say(f"note: {needs}: waiting for nodes that start on demand, if this cluster has such")
         return
     cpus_for_decoding(config, workers)
+    _check_weights(config)
+
+
+def _check_weights(config: Config) -> None:
     if config.train.start_from is None and config.model.encoder.weights != "none":
-        initial.initial_encoder(config.model.encoder)
+        _load_once(config.model.encoder)
+
+
+@functools.cache
+def _load_once(encoder: EncoderConfig) -> None:
+    """Whether an encoder's weights can be had shows only when they are loaded."""
+    initial.initial_encoder(encoder)
 
 
 def _fit(
