@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -47,6 +48,12 @@ UNAVAILABLE = (BackPressureError, DeploymentUnavailableError, RayActorError)
 logger = logging.getLogger("ray.serve")
 
 
+BEHIND_HAPROXY = (
+    "HAProxy has opened ports 8404 and 9101 (or those of RAY_SERVE_HAPROXY_STATS_PORT and "
+    "_METRICS_PORT) on all interfaces, without a token, and an admin socket that every user may "
+    "write to: close them with a firewall, and name a private RAY_SERVE_HAPROXY_SOCKET_PATH"
+)
+
 MEND_SECONDS = 5.0
 """Between two looks for proxies on nodes that have come since."""
 
@@ -86,6 +93,8 @@ class Ingress:
         """`encoder` and `info` are those of the checkpoint that is served first. Raises
         PortTakenError if somebody else answers at the port of this node already."""
         require_own_port()
+        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+            logger.warning(BEHIND_HAPROXY)
         threading.Thread(target=_mend_proxies, name="mend proxies", daemon=True).start()
         self.captioner = ray_internals.without_object_store(captioner)
         self.streaming_captioner = self.captioner.options(stream=True)
