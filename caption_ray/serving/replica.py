@@ -148,6 +148,8 @@ class CaptionerReplica:
         self.predictor: Predictor | None = None
         self.serving: Serving | None = None
         self.refused: dict[str, str] | None = None
+        self.refused_config: dict[str, str] | None = None
+        """Kept until the next configuration, whatever checkpoints come meanwhile."""
         self.loader = ThreadPoolExecutor(1)  # loads one checkpoint at a time, beside the batches
         self.follower: asyncio.Task[None] | None = None
         self.batch_sizes = metrics.Histogram(
@@ -262,7 +264,9 @@ class CaptionerReplica:
             self.serving = from_dict(Serving, user_config, "user_config of the Captioner")
         except ValueError as error:
             self._refuse(str(user_config), str(error))
+            self.refused_config = self.refused
         else:
+            self.refused_config = None
             await self._serve(self.serving)
         if self.predictor is None:
             assert self.refused is not None
@@ -321,7 +325,7 @@ class CaptionerReplica:
     def info(self) -> dict[str, Any]:
         """Facts about the model and the checkpoint that this captioner serves."""
         assert self.predictor is not None
-        return describe(self.predictor, self.refused)
+        return describe(self.predictor, self.refused_config or self.refused)
 
     def check_health(self) -> None:
         """Raises RuntimeError if the device hangs, so that Ray replaces the captioner."""

@@ -285,6 +285,24 @@ def test_a_bad_checkpoint_is_refused_and_the_old_one_serves_on(
     assert endpoint.pids("Captioner") == pids, "no captioner was started anew for any of this"
 
 
+def test_a_refused_configuration_is_told_until_the_next_one(
+    server: Server, endpoint: Any, save_run: MakeRun
+) -> None:
+    run = server.storage / "followed"
+    save_run(run, step=1, seed=1)
+    serve_checkpoint(server, endpoint, str(run), follow=0.2)
+    endpoint.wait_until(lambda: str(run) in server.info()["checkpoint"]["uri"])
+    serve_checkpoint(server, endpoint, str(run), follow=-1)
+    endpoint.wait_until(lambda: server.info()["checkpoint"]["refused"] is not None)
+    second = save_run(run, step=2, seed=2)  # which is followed, as the configuration before says
+    endpoint.wait_until(lambda: server.info()["checkpoint"]["uri"] == second)
+    refused = server.info()["checkpoint"]["refused"]
+    assert "follow_interval_s" in refused["error"] and "-1" in refused["checkpoint"]
+    serve_checkpoint(server, endpoint, server.predictor.uri)
+    endpoint.wait_until(lambda: server.info()["checkpoint"]["refused"] is None)
+    endpoint.wait_until(lambda: server.info()["checkpoint"]["uri"] == server.predictor.uri)
+
+
 def test_the_best_checkpoint_of_a_run_is_followed_as_training_goes_on(
     server: Server, endpoint: Any, save_run: MakeRun, picture: MakePicture
 ) -> None:
