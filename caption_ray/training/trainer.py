@@ -198,7 +198,7 @@ def _check_start(config: Config, gpus: float) -> None:
     option = "min-workers" if config.train.min_workers else "num-workers"
     for kind, each, there in (
         ("CPUs", config.train.cpus_per_worker, cluster.num_cpus()),
-        ("GPUs", 1 if gpus else 0, cluster.num_gpus()),
+        ("GPUs", 1 if gpus else 0, cluster.num_gpus() if gpus else 0),
     ):
         if workers * each <= there:
             continue

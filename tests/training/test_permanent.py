@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from caption_ray import cluster, storage
+from caption_ray import cluster, ray_internals, storage
 from caption_ray.config import coco, shapes
 from caption_ray.model import encoder
 from caption_ray.storage.failures import lasting
@@ -113,7 +113,7 @@ def test_weights_that_cannot_be_downloaded_are_told_in_one_sentence(monkeypatch)
     monkeypatch.setattr(cluster, "num_cpus", lambda: 64.0)
     settings = coco()
     with pytest.raises(ConnectionError) as refused:
-        trainer._check_start(settings)
+        trainer._check_start(settings, gpus=0)
     assert "cannot download ResNet101_Weights." in str(refused.value)
     assert "from download.pytorch.org (no such host); give the path or URI" in str(refused.value)
     assert encoder.build_encoder(shapes().model.encoder, None)
@@ -124,6 +124,7 @@ def test_too_few_cpus_for_decoding_are_known_before_workers_start(monkeypatch):
     needed = settings.train.num_workers * settings.train.cpus_per_worker
     monkeypatch.setattr(cluster, "num_cpus", lambda: needed)
     with pytest.raises(ValueError, match=r"leave 0 of the cluster's CPUs for decoding"):
-        trainer._check_start(settings)
+        trainer._check_start(settings, gpus=0)
     monkeypatch.setattr(cluster, "num_cpus", lambda: 0.0)  # nodes may start on demand
-    trainer._check_start(settings)
+    monkeypatch.setattr(ray_internals, "is_started_here", lambda: False)
+    trainer._check_start(settings, gpus=0)
