@@ -88,7 +88,8 @@ def is_started_here() -> bool:
     """Whether this process started the Ray that it uses, which then has no nodes but this machine
     and never will."""
     try:
-        return ray._private.worker._global_node is not None
+        node = ray._private.worker._global_node  # of another Ray, that which it joined
+        return node is not None and bool(node.is_head())
     except AttributeError as error:
         _say_lost("runs that are too large for this machine wait for ever", repr(error))
         return False
