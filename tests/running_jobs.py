@@ -1,4 +1,4 @@
-"""Jobs run in the tests' own process, with its Ray: half a minute sooner than as a process."""
+"""Jobs run in the tests' own process, with its Ray: neither has to start for each."""
 
 from __future__ import annotations
 

@@ -272,17 +272,22 @@ def _open_zip(uri: str) -> Iterator[zipfile.ZipFile]:
 
 def _retried(uri: str, operation: Callable[[], T]) -> T:
     """`operation` on a zip, again where it finds damage; ValueError naming the zip if it stays."""
+    remedy = "copy or download it again"
 
     def run() -> T:
+        nonlocal remedy
         try:
             return operation()
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        except NotImplementedError as error:  # zipfile's, of a way to pack that it does not know
+            remedy = "zip it again with deflate, or download it again if it is packed so already"
+            raise storage.DamagedError(str(error)) from None
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise storage.DamagedError(str(error)) from None
 
     try:
         return storage.retry_damaged(uri, run)
     except storage.DamagedError as error:
-        raise ValueError(f"{uri}: a broken zip ({error}); copy or download it again") from None
+        raise ValueError(f"{uri}: a broken zip ({error}); {remedy}") from None
 
 
 def _locate(source: str, folder: str, names: list[str]) -> list[Location | None]:

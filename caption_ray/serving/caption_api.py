@@ -6,7 +6,6 @@ query string, in the JSON or in the form. http.py adds the route.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import codecs
@@ -250,20 +249,12 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
                 parts = service.stream(asked.pictures[0], options)
                 _, parts = await first_of(parts)  # up to here errors become HTTP statuses
                 return sse.response(_events(parts, asked), request, _refused)
-            names = (
-                [f"inputs.{number}" for number in range(len(asked.pictures))]
-                if asked.is_list
-                else ["the picture"]
+            names = [f"inputs.{n}" for n in range(len(asked.pictures))]
+            if not asked.is_list:
+                names = ["the picture"]
+            answers = await service.caption_all(
+                dict(zip(names, asked.pictures, strict=True)), options
             )
-            tasks = [
-                asyncio.create_task(service.caption(picture, options, name))
-                for picture, name in zip(asked.pictures, names, strict=True)
-            ]
-            try:
-                answers = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:  # if one is refused, or the client has gone, stop them all
-                    task.cancel()
         headers = {
             "X-Checkpoint": ",".join(map(storage.name, answers[0].checkpoint.split(","))),
             "X-Batch-Size": str(max(answer.batch_size for answer in answers)),

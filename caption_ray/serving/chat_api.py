@@ -270,8 +270,9 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
             if asked.stream:
                 parts = _stream(pictures, asked, service)
                 _, parts = await first_of(parts)  # up to here errors become HTTP statuses
-                return sse.response(_events(parts, asked, chat_id, name), request, _refused)
-            answers = [await service.caption(picture, asked.options()) for picture in pictures]
+                events = _events(parts, asked, len(pictures), chat_id, name)
+                return sse.response(events, request, _refused)
+            answers = await service.caption_all(pictures, asked.options())
         completion = ChatCompletion(
             id=chat_id,
             created=int(time.time()),
@@ -341,33 +342,40 @@ def _usage(answers: list[Answer]) -> Usage:
     return Usage(prompt_tokens=regions, completion_tokens=words, total_tokens=regions + words)
 
 
-async def _pictures(asked: ChatRequest, service: Service) -> list[bytes]:
-    """The bytes of the pictures that are asked about. Raises Refusal."""
-    return [
-        await service.fetch(url, field)
-        if re.match("https?://", url, re.IGNORECASE)
-        else await service.parse(decode_base64, url, field)
-        for url, field in picture_urls(asked.messages)
-    ]
+async def _pictures(asked: ChatRequest, service: Service) -> dict[str, bytes]:
+    """The pictures that are asked about, by their fields; one alone is "the picture". Raises
+    Refusal."""
+    found = {}
+    for url, field in picture_urls(asked.messages):
+        if re.match("https?://", url, re.IGNORECASE):
+            found[field] = await service.fetch(url, field)
+        else:
+            found[field] = await service.parse(decode_base64, url, field)
+    if len(found) == 1:
+        return {"the picture": next(iter(found.values()))}
+    return found
 
 
 async def _stream(
-    pictures: list[bytes], asked: ChatRequest, service: Service
+    pictures: dict[str, bytes], asked: ChatRequest, service: Service
 ) -> AsyncIterator[NextWords | Answer]:
     """The words and the answer of each picture, one picture after the other."""
-    for picture in pictures:
+    for picture in pictures.values():
         async for part in service.stream(picture, asked.options()):
             yield part
 
 
 async def _events(
-    parts: AsyncIterator[NextWords | Answer], asked: ChatRequest, chat_id: str, model: str
+    parts: AsyncIterator[NextWords | Answer],
+    asked: ChatRequest,
+    pictures: int,
+    chat_id: str,
+    model: str,
 ) -> AsyncIterator[str]:
     """The answer's chunks, as server-sent events in OpenAI's format. Only the best caption comes
     word by word, the others, if there are any, in one piece."""
     created = int(time.time())
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-    pictures = len(picture_urls(asked.messages))
 
     def chunk(choices: list[dict[str, Any]], usage: Usage | None = None) -> str:
         content: dict[str, Any] = {

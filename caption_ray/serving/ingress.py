@@ -151,7 +151,9 @@ class Ingress:
 
     async def _prepare(self, picture: bytes, encoder: EncoderConfig) -> tuple[Images, Box]:
         loop = asyncio.get_running_loop()
-        async with self.budget.take(transforms.decoding_bytes(picture)):
+        # on a thread, since a header may be long
+        needed = await loop.run_in_executor(self.decoders, transforms.decoding_bytes, picture)
+        async with self.budget.take(needed):
             decoding = loop.run_in_executor(self.decoders, prepare_with_box, picture, encoder)
             try:
                 return await asyncio.shield(decoding)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -162,6 +162,18 @@ class Service:
             return await asyncio.wait_for(
                 self.backend.caption(picture, options), self.settings.request_timeout_s
             )
+
+    async def caption_all(self, pictures: Mapping[str, bytes], options: Options) -> list[Answer]:
+        """Caption pictures, by the names that a Refusal calls them, all at once."""
+        tasks = [
+            asyncio.create_task(self.caption(picture, options, name))
+            for name, picture in pictures.items()
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # if one is refused, or the client has gone, stop them all
+                task.cancel()
 
     async def stream(self, picture: bytes, options: Options) -> AsyncIterator[NextWords | Answer]:
         """Yields words as soon as they are certain, then the answer. Raises Refusal."""

@@ -232,6 +232,17 @@ def test_a_zip_of_an_unknown_version_is_named(zipped, tmp_path):
         _outcome(zipped)
 
 
+def test_annotations_packed_in_a_way_that_is_not_read_ask_for_another(tmp_path):
+    source = _layout(tmp_path, {"a.jpg": _picture(8, 8)})
+    file, name = tmp_path / "annotations_trainval2017.zip", "annotations/captions_train2017.json"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "captions_train.json", name)
+    (tmp_path / "captions_train.json").unlink()
+    _patch_directory(file, name, 10, 9)  # Deflate64, as Windows packs what is large
+    with pytest.raises(ValueError, match=r"annotations_.*\(That compression.*zip it again with de"):
+        _outcome(source)
+
+
 def test_a_truncated_zip_is_named(zipped, tmp_path):
     data = (tmp_path / "train.zip").read_bytes()
     for keep in (0, 10, len(data) // 2, len(data) - 1):

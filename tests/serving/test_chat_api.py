@@ -157,6 +157,18 @@ def test_each_of_several_pictures_has_a_line(
     assert list(texts.values()) == [choice.message.content for choice in answer.choices]
 
 
+def test_the_bad_one_of_several_pictures_is_named(
+    client: Clients, picture: Pictures, refused: Refused
+) -> None:
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_uri(data)}}
+        for data in (picture(1), b"hello", picture(2))
+    ]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    answer = client().post("/v1/chat/completions", json=body)
+    refused(answer, 415, "messages.0.content.1.image_url.url cannot be read")
+
+
 def test_a_caption_ends_before_a_stop_sequence(ask: Callable[..., Any]) -> None:
     whole = ask().choices[0].message.content
     words = whole.split()
