@@ -193,9 +193,9 @@ class ProxyMender:
                 if key not in self._done:
                     if ray.get(proxy.__ray_call__.remote(_reader()), timeout=10):
                         self._done.add(key)  # else it has not opened its port yet
-        except ray.exceptions.RayTaskError as error:
-            _say_lost("clients that ask for HTTP/2 lose their bodies", repr(error.cause))
-        except (AttributeError, ValueError, ray.exceptions.RayError) as error:
+        except (AttributeError, ray.exceptions.RayTaskError) as error:
+            _say_lost("clients that ask for HTTP/2 lose their bodies", repr(error))
+        except (ValueError, ray.exceptions.RayError) as error:
             logger.debug("A proxy is mended later: %r", error)  # as it is just starting or ending
 
 

@@ -140,17 +140,16 @@ class Picture:
 
     def resize(self, window: Window, height: int, width: int) -> Pixels:
         """What the window shows (not mirrored), antialiased: (height, width, 3)."""
-        left, right = window.left, window.left + window.width
+        columns = slice(window.left, window.left + window.width)
+        bands = list(_bands(window.top, window.height, self.shape[1]))
+        if len(bands) == 1:
+            return _resize(self.rows(*bands[0])[:, columns], height, width)
         # Torch, as Pillow, scales rows first, each for itself, and then the columns of what it got.
-        parts = (
-            [
-                _resize(self.rows(top, bottom)[:, left:right], bottom - top, width)
-                for top, bottom in _bands(window.top, window.height, self.shape[1])
-            ]
-            if window.height * self.shape[1] > BAND_PIXELS
-            else [self.rows(window.top, window.top + window.height)[:, left:right]]
-        )
-        return _resize(np.concatenate(parts) if len(parts) > 1 else parts[0], height, width)
+        scaled = [
+            _resize(self.rows(top, bottom)[:, columns], bottom - top, width)
+            for top, bottom in bands
+        ]
+        return _resize(np.concatenate(scaled), height, width)
 
 
 def _bands(top: int, height: int, width: int) -> Iterator[tuple[int, int]]:
