@@ -170,44 +170,54 @@ def leave_http_port() -> None:
         _say_lost("the port that was taken stays open; end this Serve", repr(error))
 
 
-class ProxyMender:
-    """Has Ray's HTTP proxies, of all nodes, read requests with h11.
+_BODIES_LOST = "clients that ask for another protocol lose their bodies"
 
-    The parser that they use by default (httptools) takes a request with `Upgrade: h2c`, as the
-    JDK's client and `curl --http2` send it, for the end of HTTP/1.1: it drops the body, and takes
-    one that arrives later for a request of its own. h11 ignores an upgrade that nobody answers.
-    What it lets pass is seen to as well: a request with two lengths is refused, one with a whole
-    URL (RFC 9112, 3.2.2) is taken for its path, and an X-Request-ID, which the proxy decodes and
-    sends back, is cut and has printable characters only.
+
+class ProxyMender:
+    """Mends Ray's HTTP proxies, of all nodes.
+
+    They read requests with h11: the parser that they use by default (httptools) takes a request
+    with `Upgrade: h2c`, as the JDK's client and `curl --http2` send it, for the end of HTTP/1.1: it
+    drops the body, and takes one that arrives later for a request of its own. h11 ignores an
+    upgrade that nobody answers. What it lets pass is seen to as well: a request with two lengths is
+    refused, one with a whole URL (RFC 9112, 3.2.2) is taken for its path, and an X-Request-ID,
+    which the proxy decodes and sends back, is cut and has printable characters only.
+
+    And until the first application runs they answer 503 in JSON, as the endpoint does, not Ray's
+    404 or nothing at all.
     """
 
     def __init__(self) -> None:
-        self._done: set[str] = set()
+        self._done: set[tuple[str, str]] = set()
 
     def mend(self) -> None:
         """Mend the proxies that have come since the last call; connections that are open already
         are left as they are."""
+        self._apply(_BODIES_LOST, _reader)
+        self._apply("until the endpoint runs, its port answers with Ray's 404", _doorkeeper)
+
+    def _apply(self, loss: str, part: Callable[[], Callable[[Any], int]]) -> None:
         try:
             for proxy in _http_proxies():
-                key = proxy._actor_id.hex()
+                key = (part.__name__, proxy._actor_id.hex())
                 if key not in self._done:
-                    if ray.get(proxy.__ray_call__.remote(_reader()), timeout=10):
+                    if ray.get(proxy.__ray_call__.remote(part()), timeout=10):
                         self._done.add(key)  # else it has not opened its port yet
         except (AttributeError, ray.exceptions.RayTaskError) as error:
-            _say_lost("clients that ask for HTTP/2 lose their bodies", repr(error))
+            _say_lost(loss, repr(error))
         except (ValueError, ray.exceptions.RayError) as error:
             logger.debug("A proxy is mended later: %r", error)  # as it is just starting or ending
 
 
-def _reader() -> Callable[[Any], int]:
-    """What mends a proxy, in its process; it returns how many servers it found there."""
+def _strict_protocol() -> Callable[[], type]:
+    """What makes the class by which uvicorn reads connections; see ProxyMender."""
 
-    def read_with_h11(_: Any) -> int:
-        import gc
+    def make() -> type:
         import re
 
-        import uvicorn
         from uvicorn.protocols.http.h11_impl import H11Protocol
+
+        assert callable(H11Protocol._should_upgrade_to_ws)
 
         def checked(app: Any) -> Any:
             async def call(scope: Any, receive: Any, send: Any) -> None:
@@ -234,11 +244,104 @@ def _reader() -> Callable[[Any], int]:
 
             return call
 
+        class StrictProtocol(H11Protocol):
+            def __init__(self, *arguments: Any, **named: Any) -> None:
+                super().__init__(*arguments, **named)
+                self.app = checked(self.app)
+
+            def _should_upgrade_to_ws(self) -> bool:
+                """Only GET opens a WebSocket (RFC 6455, 4.1); what else asks for one has a body,
+                and is answered as if it had not asked."""
+                return self.scope["method"] == "GET" and super()._should_upgrade_to_ws()
+
+        return StrictProtocol
+
+    return make
+
+
+def _reader() -> Callable[[Any], int]:
+    """What has a proxy read strictly, in its process; it returns how many servers it found."""
+    make = _strict_protocol()
+
+    def read_strictly(_: Any) -> int:
+        import gc
+
+        import uvicorn
+        from uvicorn.protocols.http.h11_impl import H11Protocol
+
         servers = [found for found in gc.get_objects() if isinstance(found, uvicorn.Server)]
         for server in servers:
-            if server.config.http_protocol_class is not H11Protocol:
-                server.config.http_protocol_class = H11Protocol
-                server.config.loaded_app = checked(server.config.loaded_app)
+            if not issubclass(server.config.http_protocol_class, H11Protocol):  # not mended yet
+                server.config.http_protocol_class = make()
         return len(servers)
 
-    return read_with_h11
+    return read_strictly
+
+
+def read_strictly_here() -> None:
+    """Have the server that Ray starts in this process, an ingress to which HAProxy sends requests,
+    read them as a mended proxy does. HAProxy ignores `Upgrade: h2c` itself, but no other one."""
+    try:
+        from uvicorn.protocols.http import auto
+
+        auto.AutoHTTPProtocol = _strict_protocol()()
+    except (ImportError, AttributeError) as error:
+        _say_lost(_BODIES_LOST, repr(error))
+
+
+def _doorkeeper() -> Callable[[Any], int]:
+    """What has a proxy answer before the first application does; it returns how many servers it
+    found in its process."""
+
+    def answer_until_the_first_application_runs(proxy: Any) -> int:
+        import gc
+        import json
+
+        import uvicorn
+
+        servers = [found for found in gc.get_objects() if isinstance(found, uvicorn.Server)]
+        if not servers:  # it is HAProxy's manager, or has not opened its port yet
+            return 0
+        router = proxy.http_proxy.proxy_router
+        assert callable(router.match_route) and isinstance(router.route_info, dict)
+        about = "The endpoint is starting; if this lasts, `serve status` says why"
+        probes = ("/readyz", "/livez", "/info", "/")
+
+        def may_pass(scope: Any) -> bool:
+            if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray's own
+                return True
+            if not router.route_info:
+                return False
+            found = router.match_route(scope["path"])
+            # Only what never starts an ingress by itself is answered for one that is not there:
+            # a picture may be what an application that has scaled to zero waits for.
+            is_probe = scope["method"] in ("GET", "HEAD") and scope["path"].endswith(probes)
+            return found is None or not is_probe or found[1].running_replicas_populated()
+
+        def guarded(app: Any) -> Any:
+            async def call(scope: Any, receive: Any, send: Any) -> None:
+                if may_pass(scope):
+                    await app(scope, receive, send)
+                    return
+                answer: dict[str, Any] = {"error": about, "error_type": "unavailable"}
+                if "/v1/" in scope["path"]:  # OpenAI's clients read an object
+                    details = {"type": "server_error", "param": None, "code": "unavailable"}
+                    answer = {"error": {"message": about, **details}}
+                body = json.dumps(answer).encode()
+                headers = [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode()),
+                    (b"retry-after", b"5"),
+                ]
+                await send({"type": "http.response.start", "status": 503, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+
+            return call
+
+        for server in servers:
+            if not hasattr(server, "has_doorkeeper"):
+                server.config.loaded_app = guarded(server.config.loaded_app)
+                server.has_doorkeeper = True  # type: ignore[attr-defined]
+        return len(servers)
+
+    return answer_until_the_first_application_runs

@@ -37,7 +37,7 @@ from caption_ray.data import transforms
 from caption_ray.serving.auth import Tokens
 from caption_ray.serving.errors import Strict
 from caption_ray.serving.fetch import check_allow_list
-from caption_ray.serving.ingress import Ingress, require_own_port
+from caption_ray.serving.ingress import Ingress, mend_proxies_that_run, require_own_port
 from caption_ray.serving.port import PortTakenError
 from caption_ray.serving.replica import DEPLOYMENT, CaptionerReplica, Serving, describe
 from caption_ray.serving.service import Settings
@@ -158,6 +158,7 @@ def build_app(args: Arguments | dict[str, Any]) -> Application:
         require_own_port()
     except PortTakenError as error:
         raise StartError(str(error)) from error
+    mend_proxies_that_run()  # so that they say that the endpoint is starting
     serving = Serving(
         checkpoint=args.checkpoint, storage=args.storage, follow_interval_s=args.follow_interval_s
     )

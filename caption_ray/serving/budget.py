@@ -1,11 +1,59 @@
-"""A budget of memory that requests share: who would exceed it waits for its turn."""
+"""Memory that requests share: a budget, whose excess waits for its turn, and an allowance, whose
+excess is refused."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+
+class AllowanceExceededError(Exception):
+    """All that is allowed is in use."""
+
+
+class Allowance:
+    """Bytes that may be in use at a time, of a kind whose amount is known only as they come. For
+    any thread."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.used = 0
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def share(self) -> Iterator[Share]:
+        """What one request uses of it, until the context is left."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            share.end()
+
+
+class Share:
+    """What one request uses of an allowance."""
+
+    def __init__(self, allowance: Allowance) -> None:
+        self._allowance = allowance
+        self._used = 0
+        self._has_ended = False
+
+    def add(self, amount: int) -> None:
+        """Use more. Raises AllowanceExceededError if there is too little, or the request has ended
+        (a thread that still works for it has no reason to go on)."""
+        with self._allowance.lock:
+            if self._has_ended or self._allowance.used + amount > self._allowance.total:
+                raise AllowanceExceededError
+            self._allowance.used += amount
+            self._used += amount
+
+    def end(self) -> None:
+        with self._allowance.lock:
+            self._allowance.used -= self._used
+            self._used, self._has_ended = 0, True
 
 
 class Budget:

@@ -242,8 +242,8 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         The header X-Checkpoint names the checkpoint, X-Batch-Size how many pictures were captioned
         together. With `Accept: text/plain` the answer is captions alone, one a line.
         """
-        async with service.body(request) as data:
-            asked = await _read(data, request.headers, query, service)
+        async with service.body(request) as body:
+            asked = await _read(body.data, request.headers, query, service)
             options = asked.parameters.options()
             if asked.parameters.stream:
                 parts = service.stream(asked.pictures[0], options)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from caption_ray.config import SMALLEST
 from caption_ray.serving import sse
+from caption_ray.serving.budget import Share
 from caption_ray.serving.caption_api import MAX_SEED, decode_base64
 from caption_ray.serving.contract import MAX_LENGTH, MAX_RETURN, Answer, NextWords, Options
 from caption_ray.serving.conversation import UpToStop, picture_urls
@@ -262,10 +263,10 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
     )
     async def complete(request: Request) -> Response:
         """A caption of the picture in the last message of the user."""
-        async with service.body(request) as data:
-            asked = await service.parse(read_json, ChatRequest, data)
+        async with service.body(request) as received:
+            asked = await service.parse(read_json, ChatRequest, received.data)
             _require_supported(asked)
-            pictures = await _pictures(asked, service)
+            pictures = await _pictures(asked, service, received.share)
             chat_id = f"chatcmpl-{uuid.uuid4().hex}"
             if asked.stream:
                 parts = _stream(pictures, asked, service)
@@ -342,13 +343,13 @@ def _usage(answers: list[Answer]) -> Usage:
     return Usage(prompt_tokens=regions, completion_tokens=words, total_tokens=regions + words)
 
 
-async def _pictures(asked: ChatRequest, service: Service) -> dict[str, bytes]:
+async def _pictures(asked: ChatRequest, service: Service, share: Share) -> dict[str, bytes]:
     """The pictures that are asked about, by their fields; one alone is "the picture". Raises
     Refusal."""
     found = {}
     for url, field in picture_urls(asked.messages):
         if re.match("https?://", url, re.IGNORECASE):
-            found[field] = await service.fetch(url, field)
+            found[field] = await service.fetch(url, field, share)
         else:
             found[field] = await service.parse(decode_base64, url, field)
     if len(found) == 1:

@@ -16,7 +16,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from http.client import HTTPException
@@ -80,9 +80,17 @@ def check_allow_list(allow: Sequence[str]) -> None:
         _read_entry(entry)
 
 
-def fetch(url: str, allow: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
+def fetch(
+    url: str,
+    allow: Sequence[str],
+    max_bytes: int,
+    timeout_s: float,
+    count: Callable[[int], object] = lambda _: None,
+) -> bytes:
     """The body at `url`, of at most `max_bytes` bytes; raises FetchError if there is none.
 
+    `count` is told how many bytes have come each time that some have; what it raises ends the
+    fetch.
     Blocks for at most `timeout_s` seconds, from DNS to the last byte. Uses no proxies and no
     credentials from the environment.
     """
@@ -90,7 +98,7 @@ def fetch(url: str, allow: Sequence[str], max_bytes: int, timeout_s: float) -> b
     entries = [_read_entry(entry) for entry in allow]
     target = _check(url, "", entries)
     for _ in range(REDIRECTS + 1):
-        answer = _get(target, max_bytes, deadline)
+        answer = _get(target, max_bytes, deadline, count)
         if isinstance(answer, bytes):
             return answer
         following = _check(answer, f"{target.scheme}://{target}{target.path}", entries)
@@ -239,7 +247,9 @@ def _cut_at(deadline: float, sock: socket.socket) -> Iterator[None]:
         timer.cancel()
 
 
-def _get(target: _Target, max_bytes: int, deadline: float) -> bytes | str:
+def _get(
+    target: _Target, max_bytes: int, deadline: float, count: Callable[[int], object]
+) -> bytes | str:
     """The body, or where `target` redirects to."""
     try:
         with _connect(target, deadline) as sock, _cut_at(deadline, sock):
@@ -262,6 +272,7 @@ def _get(target: _Target, max_bytes: int, deadline: float) -> bytes | str:
                 body = bytearray()
                 # not stream(), which accepts chunk headers of any length
                 while chunk := response.read(CHUNK, decode_content=False):
+                    count(len(chunk))
                     body += chunk
                     if len(body) > max_bytes:
                         raise too_large

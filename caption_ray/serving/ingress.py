@@ -72,7 +72,13 @@ def require_own_port() -> None:
             logger.warning(f"Whether port {port} has another endpoint cannot be seen here")
 
 
-def _mend_proxies() -> None:
+def mend_proxies_that_run() -> None:
+    """Mend the proxies that Serve has already. Nothing outside of Ray's workers."""
+    if ray_internals.raylet_pid() is not None and ray_internals.http_port() is not None:
+        ray_internals.ProxyMender().mend()
+
+
+def _keep_proxies_mended() -> None:
     """For as long as this process lives."""
     mender = ray_internals.ProxyMender()
     while True:
@@ -95,7 +101,8 @@ class Ingress:
         require_own_port()
         if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
             logger.warning(BEHIND_HAPROXY)
-        threading.Thread(target=_mend_proxies, name="mend proxies", daemon=True).start()
+            ray_internals.read_strictly_here()
+        threading.Thread(target=_keep_proxies_mended, name="mend proxies", daemon=True).start()
         self.captioner = ray_internals.without_object_store(captioner)
         self.streaming_captioner = self.captioner.options(stream=True)
         self.encoder = encoder

@@ -17,6 +17,7 @@ from starlette.types import Scope
 
 from caption_ray.data import transforms
 from caption_ray.serving.batching import QueueFullError
+from caption_ray.serving.budget import Allowance, AllowanceExceededError, Share
 from caption_ray.serving.contract import (
     MAX_BEAMS,
     MAX_LENGTH,
@@ -66,13 +67,22 @@ class Settings:
     examples: str | None
 
 
+@dataclass(frozen=True)
+class Body:
+    """A request's body."""
+
+    data: bytes
+    share: Share
+    """What the request uses of the memory for bodies and fetched pictures."""
+
+
 class Service:
     """A backend behind the limits of the settings."""
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self.backend = backend
         self.settings = settings
-        self._buffered = 0
+        self._buffer = Allowance(settings.max_buffered_bytes)
         self._fetches = 0
         # Each kind of work has threads of its own, or servers that trickle would keep bodies from
         # being parsed, and these the probes from being answered.
@@ -84,8 +94,9 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._parsers, function, *arguments)
 
-    async def fetch(self, url: str, field: str) -> bytes:
-        """The bytes at a URL that the field of that name holds. Raises Refusal."""
+    async def fetch(self, url: str, field: str, share: Share) -> bytes:
+        """The bytes at a URL that the field of that name holds; they count as buffered, as the
+        request's body does. Raises Refusal."""
         settings = self.settings
         if not settings.url_allow_list:
             why = "URLs are not fetched; send the picture as data:image/...;base64,..."
@@ -95,7 +106,7 @@ class Service:
             raise Refusal(429, "overloaded", f"{field}: {why}", field=field, retry_after=1)
         loop = asyncio.get_running_loop()
         limits = (settings.url_allow_list, settings.max_body_bytes, settings.body_timeout_s)
-        fetching = self._fetchers.submit(fetch, url, *limits)
+        fetching = self._fetchers.submit(fetch, url, *limits, count=share.add)
         self._fetches += 1
 
         def end() -> None:
@@ -108,53 +119,49 @@ class Service:
         except FetchError as error:
             status = 413 if error.kind == "too_large" else 400
             raise Refusal(status, "fetch", f"{field}: {error}", field=field) from error
+        except AllowanceExceededError:
+            raise _too_much_at_a_time() from None
 
     @contextlib.asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
+    async def body(self, request: Request) -> AsyncIterator[Body]:
         """The request's body, which counts as buffered until the context is left.
 
         Raises Refusal if it is empty, too large or too slow, or if too much is buffered already.
         """
-        held = 0
-
-        async def read() -> bytes:
-            nonlocal held
-            limit = self.settings.max_body_bytes
-            too_large = Refusal(413, "validation", f"the body has more than {limit} bytes")
-            announced = request.headers.get("content-length", "")
-            if announced.isdecimal() and len(announced) < 20 and int(announced) > limit:
-                raise too_large  # otherwise, or if it is not a number, the bytes are counted below
-            chunks: list[bytes] = []
-            async for chunk in request.stream():
-                held += len(chunk)
-                self._buffered += len(chunk)
-                chunks.append(chunk)
-                if held > limit:
-                    raise too_large
-                if self._buffered > self.settings.max_buffered_bytes:
-                    raise Refusal(
-                        429, "overloaded", "too many bodies are being received", retry_after=1
-                    )
-            return b"".join(chunks)
-
-        try:
+        with self._buffer.share() as share:
             try:
-                data = await asyncio.wait_for(read(), self.settings.body_timeout_s)
+                reading = self._read(request, share)
+                data = await asyncio.wait_for(reading, self.settings.body_timeout_s)
+                encoding = request.headers.get("content-encoding", "identity").strip().lower()
+                if encoding not in ("", "identity"):
+                    data = await self.parse(unzipped, data, encoding, self.settings)
+                    share.add(len(data))
             except asyncio.TimeoutError:
                 seconds = self.settings.body_timeout_s
                 raise Refusal(
                     408, "timeout", f"the body was not complete after {seconds:g} s"
                 ) from None
-            encoding = request.headers.get("content-encoding", "identity").strip().lower()
-            if encoding not in ("", "identity"):
-                data = await self.parse(unzipped, data, encoding, self.settings)
-                held += len(data)
-                self._buffered += len(data)
+            except AllowanceExceededError:
+                raise _too_much_at_a_time() from None
             if not data:
                 raise Refusal(400, "validation", "the body is empty: send the bytes of a picture")
-            yield data
-        finally:
-            self._buffered -= held
+            yield Body(data, share)
+
+    async def _read(self, request: Request, share: Share) -> bytes:
+        limit = self.settings.max_body_bytes
+        too_large = Refusal(413, "validation", f"the body has more than {limit} bytes")
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and len(announced) < 20 and int(announced) > limit:
+            raise too_large  # otherwise, or if it is not a number, the bytes are counted below
+        chunks: list[bytes] = []
+        held = 0
+        async for chunk in request.stream():
+            held += len(chunk)
+            if held > limit:
+                raise too_large
+            share.add(len(chunk))
+            chunks.append(chunk)
+        return b"".join(chunks)
 
     async def caption(self, picture: bytes, options: Options, name: str = "the picture") -> Answer:
         """Caption one picture. Raises Refusal, in which the picture is called `name`."""
@@ -218,6 +225,10 @@ class Service:
             "max_new_tokens": MAX_LENGTH,
             "request_timeout_s": self.settings.request_timeout_s,
         }
+
+
+def _too_much_at_a_time() -> Refusal:
+    return Refusal(429, "overloaded", "too many bodies are being received", retry_after=1)
 
 
 def unzipped(data: bytes, encoding: str, settings: Settings) -> bytes:

@@ -37,8 +37,10 @@ EPOCHS = 3
 """Steps of the job that is stopped; each takes a few seconds."""
 PATIENCE = 240.0
 """Seconds in which a run must resume after a fault: a busy machine starts processes slowly."""
-NOTICE = 20
+NOTICE = 10
 """Seconds between the preemption notice to a host and its end."""
+BUCKET_AWAY = 15
+"""Seconds for which the bucket is cut off."""
 TINY = (
     "shapes --run.tracker none --data.captions-per-image 2 --model.encoder.image-size 32 "
     "--model.decoder.embedding-dim 8 --model.decoder.hidden-dim 16 "
@@ -116,9 +118,15 @@ def scenes_as_shards(local_ray: None, tmp_path_factory: pytest.TempPathFactory) 
 
 @contextmanager
 def _cluster(
-    nodes: dict[str, list[str]], extra: dict[str, str], stack: dict[str, hosts.Host]
+    nodes: dict[str, list[str]],
+    extra: dict[str, str],
+    stack: dict[str, hosts.Host],
+    notices: dict[str, Path] | None = None,
 ) -> Iterator[dict[str, hosts.RayHost]]:
-    """Ray on the named hosts, the head first."""
+    """Ray on the named hosts, the head first.
+
+    Those in `notices` are spot machines, each preempted once its file exists.
+    """
     environment = {**os.environ, **CLUSTER, **extra}
     started: dict[str, hosts.RayHost] = {}
     head: str | None = None
@@ -126,7 +134,10 @@ def _cluster(
         for name, options in nodes.items():
             started[name] = hosts.RayHost(stack[name], environment, head, *options)
             head = started[name].head
-            started[name].start()
+            if notices and name in notices:
+                _start_as_spot_machine(started[name], notices[name])
+            else:
+                started[name].start()
         # a run that starts with fewer nodes would restart when the others join
         first = next(iter(started.values()))
         subprocess.run(
@@ -248,7 +259,7 @@ def test_a_run_outlasts_hosts_and_bucket_and_learns_from_every_picture_once(
     scenes_as_shards: Path, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        host = stack.enter_context(hosts.hosts(["head", "left", "right", "bucket"], tmp_path))
+        host = stack.enter_context(hosts.hosts(["head", "rack", "spot", "bucket"], tmp_path))
         bucket = host["bucket"]
         s3 = stack.enter_context(swift_server.swift_s3(bucket.address, bucket.command()))
         client = boto3.client(
@@ -265,8 +276,9 @@ def test_a_run_outlasts_hosts_and_bucket_and_learns_from_every_picture_once(
 
         os.environ["NO_PROXY"] = "*"
         bucket.call(fill)
-        cpus = {name: ["--num-cpus=3"] for name in ("head", "left", "right")}
-        node = stack.enter_context(_cluster(cpus, s3.environment(), host))
+        cpus = {name: ["--num-cpus=3"] for name in ("head", "rack", "spot")}
+        notice = tmp_path / "notice"
+        node = stack.enter_context(_cluster(cpus, s3.environment(), host, {"spot": notice}))
         run = _Run(node["head"], bucket, client, tmp_path / "job.log")
         arguments = (
             f"--run.storage s3://{BUCKET}/runs --run.name hosts --data.shards s3://{BUCKET}/shards "
@@ -276,33 +288,27 @@ def test_a_run_outlasts_hosts_and_bucket_and_learns_from_every_picture_once(
         try:
             run.begin(*arguments, "--train.epochs", "1000")
             _wait(lambda: run.step() > 0, "the first checkpoint", run.job)
-            run.goes_on_after("a host is cut off", host["left"].cut, 2)
-
-            noticed = run.step()
-            run.goes_on_after(
-                f"a host is given {NOTICE} s notice", node["right"].process.terminate, 1
-            )
-            assert int(run.resumed()[-1].split("step ")[1].split(")")[0]) > noticed
-
-            notice = tmp_path / "notice"
+            run.goes_on_after("a host is cut off", host["rack"].cut, 2)
 
             def bring_back() -> None:
-                host["left"].restore()
-                for name in ("left", "right"):
-                    host[name].kill()
-                node["right"].start()
-                _start_as_spot_machine(node["left"], notice)
+                host["rack"].restore()
+                host["rack"].kill()
+                node["rack"].start()
 
-            run.goes_on_after("both are brought back", bring_back, 3)
-            run.goes_on_after("a spot machine is taken", notice.touch, 2)
-            run.goes_on_after("a host is killed", host["right"].kill, 1)
+            run.goes_on_after("it is brought back", bring_back, 3)
+
+            noticed = run.step()
+            run.goes_on_after(f"a spot machine is given {NOTICE} s notice", notice.touch, 2)
+            assert int(run.resumed()[-1].split("step ")[1].split(")")[0]) > noticed
+
+            run.goes_on_after("a host is killed", host["rack"].kill, 1)
 
             def cut_bucket() -> None:
                 bucket.cut()
-                time.sleep(30)
+                time.sleep(BUCKET_AWAY)
                 bucket.restore()
 
-            run.goes_on_after("the bucket is cut off for 30 s", cut_bucket, None)
+            run.goes_on_after(f"the bucket is cut off for {BUCKET_AWAY} s", cut_bucket, None)
             os.kill(run.job.pid, signal.SIGTERM)
             assert run.job.wait(scaled(PATIENCE)) == 1
             assert "Stopped; " in run.log.read_text()

