@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import typing
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +53,14 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def test_every_key_is_known(config: dict[str, Any]) -> None:
     assert list(unknown_keys(config, ServeDeploySchema)) == []
+
+
+def test_ray_warns_of_no_setting(config: dict[str, Any]) -> None:
+    """It announces errors of later versions so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for deployment in config["applications"][0]["deployments"]:
+            AutoscalingConfig(**deployment["autoscaling_config"])
 
 
 @pytest.mark.parametrize(
