@@ -77,9 +77,10 @@ def test_released_ray_that_our_package_allows(config: dict[str, Any]) -> None:
     assert all({"default", "train", "serve", "data"} <= set(extras.split(","))
                for extras, _ in installed)  # fmt: skip
     pyproject = (ROOT / "pyproject.toml").read_text()
-    lowest = re.search(r'"ray\[[\w,]+\]>=([\d.]+)"', pyproject)
-    assert lowest, "pyproject.toml no longer names Ray's lowest version"
-    assert tuple(map(int, lowest[1].split("."))) <= (2, 60, 0)
+    bounds = re.search(r'"ray\[[\w,]+\]>=([\d.]+),<([\d.]+)"', pyproject)
+    assert bounds, "pyproject.toml no longer names the versions of Ray"
+    lowest, beyond = (tuple(map(int, bound.split("."))) for bound in bounds.groups())
+    assert lowest <= (2, 60, 0) < beyond
 
 
 def test_no_old_image(config: dict[str, Any]) -> None:
