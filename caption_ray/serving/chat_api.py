@@ -237,7 +237,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
             "model": ChatCompletion,
             "content": {"text/event-stream": {}},
         },
-        **documented("chat", 400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+        **documented("chat", 400, 401, 404, 408, 413, 429, 500, 503, 504),
     }
 
     @app.get("/v1/models", tags=["chat"], responses=documented("chat", 401))

@@ -54,10 +54,13 @@ class Refusal(Exception):
         return {"error": error}
 
     def response(self, family: Family) -> JSONResponse:
+        """The answer. A bad picture is 400 to chat's clients, as OpenAI has it: there are some that
+        try any other status again, up to six times."""
         headers = dict(self.headers)
+        status = 400 if family == "chat" and self.status in (415, 422) else self.status
         if family == "chat" and self.status < 500 and self.status not in (408, 429):
             headers["x-should-retry"] = "false"  # it would fail again
-        return JSONResponse(self.content(family), self.status, headers)
+        return JSONResponse(self.content(family), status, headers)
 
 
 class Error(BaseModel):

@@ -227,8 +227,9 @@ def test_a_bad_picture_is_refused_for_what_it_is_by_every_way_in(
 ) -> None:
     data, status, piece = REFUSED[name]
     http = client()
-    for send in ways(data).values():
-        refused(send(http), status, piece)
+    for way, send in ways(data).items():
+        # OpenAI's status: LangChain tries others again, six times
+        refused(send(http), 400 if way == "chat" else status, piece)
 
 
 def test_a_picture_of_nearly_nothing_but_lines_is_refused(

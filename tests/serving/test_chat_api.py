@@ -166,7 +166,7 @@ def test_the_bad_one_of_several_pictures_is_named(
     ]
     body = {"messages": [{"role": "user", "content": parts}]}
     answer = client().post("/v1/chat/completions", json=body)
-    refused(answer, 415, "messages.0.content.1.image_url.url cannot be read")
+    refused(answer, 400, "messages.0.content.1.image_url.url cannot be read")
 
 
 def test_a_caption_ends_before_a_stop_sequence(ask: Callable[..., Any]) -> None:
@@ -395,7 +395,7 @@ def test_what_is_refused_before_the_first_word_is_a_status(
     assert caught.value.param == "tools"
     with pytest.raises(openai.APIStatusError) as unreadable:
         ask(stream=True, messages=asking(data_uri(b"hello")))
-    assert unreadable.value.status_code == 415
+    assert unreadable.value.status_code == 400
     backend.raises = QueueFullError(9)
     with pytest.raises(openai.RateLimitError):
         ask(openai_client(max_retries=0), stream=True)
@@ -502,7 +502,7 @@ def test_a_token_is_needed_if_one_is_configured(
 
 
 @pytest.mark.parametrize(
-    ("data", "status"), [(b"hello", 415), (b"\xff\xd8\xff\xe0", 422), (bytes(200_000), 413)]
+    ("data", "status"), [(b"hello", 400), (b"\xff\xd8\xff\xe0", 400), (bytes(200_000), 413)]
 )
 def test_a_bad_picture_is_refused_once(
     ask: Callable[..., Any], openai_client: Callable[..., openai.OpenAI], data: bytes, status: int
@@ -614,7 +614,7 @@ def test_a_picture_is_fetched_from_an_allowed_host(
     (tmp_path / "page.png").write_text("<html>")
     with pytest.raises(openai.APIStatusError) as no_picture:
         ask(client, messages=asking(f"{web.address}/page.png"))
-    assert no_picture.value.status_code == 415
+    assert no_picture.value.status_code == 400
     (tmp_path / "large").write_bytes(bytes(100_001))
     with pytest.raises(openai.APIStatusError, match="more than 100000 bytes") as too_large:
         ask(client, messages=asking(f"{web.address}/large"))
