@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import psutil
 from safetensors.numpy import load_file
 
 from caption_ray import config
@@ -54,3 +55,13 @@ def without_dropout(settings):
     """Its draws differ between one worker and two."""
     decoder = dataclasses.replace(settings.model.decoder, dropout=0.0)
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, decoder=decoder))
+
+
+def training_workers():
+    """The process ids of the training workers of this process's Ray."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any("RayTrainWorker" in part for part in process.cmdline()):
+                yield process.pid
+        except psutil.NoSuchProcess:
+            pass

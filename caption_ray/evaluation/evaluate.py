@@ -33,13 +33,14 @@ DECODE_THREADS = 4
 
 
 class _Captions:
-    """Actor: rows with `image` bytes (or None and an `error`) -> rows with caption or error."""
+    """An actor that captions batches: rows with `image` bytes (or None and an `error`) become rows
+    with a caption or an error."""
 
     def __init__(self, loaded: Any, search: SearchConfig | None, attention: bool) -> None:
-        """loaded: reference to a checkpoint.Loaded, which was read once for all actors, so that it
-        is the same for all even if the run that it belongs to goes on."""
+        """`loaded` refers to a checkpoint.Loaded in Ray's object store. It was read once for all
+        actors, so that all have the same weights even if the run goes on meanwhile."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # what Ray hands out is read-only and shared: modules want weights of their own
+        # Ray hands out shared, read-only memory, but a module needs weights that it may write to
         self.predictor = Predictor(copy.deepcopy(ray.get(loaded)), device, search)
         self.attention = attention
         self.threads = ThreadPoolExecutor(DECODE_THREADS)
@@ -90,12 +91,12 @@ def caption_files(
     search: SearchConfig | None = None,
     progress: bool = True,
 ) -> int:
-    """Caption pictures (their URIs, as `find_images` gives them) with a checkpoint or an ensemble
-    that was loaded (`run_folder.load`).
+    """Caption pictures, given by their URIs as from `find_images`, with a checkpoint or an ensemble
+    from `run_folder.load`.
 
     Writes JSON lines to `out`, sorted by file: `file`, `caption` and `log_prob`, or `file` and
-    `error` for a picture that cannot be read. `search` is how (default: as the checkpoint says).
-    Returns the number of pictures that cannot be read.
+    `error` for a picture that cannot be read. `search` has the search settings (default: those in
+    the checkpoint). Returns the number of pictures that cannot be read.
     """
     dataset = ray.data.from_items(
         [{"uri": file} for file in files], override_num_blocks=_num_blocks(len(files))
@@ -121,13 +122,14 @@ def caption_split(
     limit: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Caption every picture of a split exactly once (or only the first `limit`, as stored) with a
-    checkpoint or an ensemble that was loaded (`run_folder.load`).
+    """Caption every picture of a split exactly once, or only the first `limit` in the order of the
+    shards, with a checkpoint or an ensemble from `run_folder.load`.
 
-    `search` is how (default: as the checkpoint says). Returns one record a picture, sorted by
-    `image_id`: also `file`, `caption`, `log_prob`, `error` (None if all is well), `references`
-    (what people wrote), `objects` (see shards.SCHEMA) and, with `attention`, `words`, `attention`
-    (T, rows, columns), `box` (see pointing.point) and `thumbnail`, a small JPEG.
+    `search` has the search settings (default: those in the checkpoint). Returns one record for each
+    picture, sorted by `image_id`, with `file`, `caption`, `log_prob`, `error` (None unless the
+    picture cannot be read), `references` (the human captions) and `objects` (see shards.SCHEMA).
+    With `attention`, a record also has `words`, `attention` (T, rows, columns), `box` (see
+    pointing.point) and `thumbnail`, a small JPEG.
     """
     slices = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
     pictures = sum(len(shard_slice.rows) for shard_slice in slices)
@@ -151,7 +153,8 @@ def caption_split(
 
 
 def judge_shapes(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Shares of captions of drawn scenes that are wholly true, name every object, and do both."""
+    """For captions of drawn scenes: the shares that say nothing wrong ("true"), that name every
+    object ("complete"), and that do both ("exact")."""
     judged = [judge(record["caption"] or "", record["objects"]) for record in records]
     count = max(1, len(judged))
     return {

@@ -1,4 +1,4 @@
-"""Which pictures somebody means who names a file, a folder, a glob or a bucket prefix."""
+"""Finds the pictures that a file name, a folder, a glob pattern or a bucket prefix stands for."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ SUFFIXES = (
     ".heif",
     ".avif",
 )
-"""Of files that are taken for pictures unseen."""
+"""Files with these suffixes count as pictures without a look inside."""
 
 SHOWN = 3
-"""Files that the console names."""
+"""Most skipped files that are named on the console."""
 
 LOOKS_AT_A_TIME = 16
 
 
 def find_images(images: str) -> list[str]:
-    """URIs of the pictures that `images` means; ValueError if it means none.
+    """URIs of the pictures that `images` stands for; raises ValueError if there are none.
 
-    What exists is meant as it stands, also with marks of a glob in its name. In a glob `*`, `?` and
-    `[...]` stand for parts of one name, `**` for any number of folders or none, and a folder that
-    matches for all in it. What is hidden is meant only by a pattern that begins with a dot.
+    A path that exists is taken literally, even if it contains `*`, `?` or `[`. In a pattern `*`,
+    `?` and `[...]` match within one name, `**` matches any number of folders or none, and a folder
+    that matches stands for everything in it. Hidden files match only patterns that begin with a
+    dot.
 
     Files without a suffix of pictures are looked into, at two small requests each; those that are
     no pictures are told on the console. On local paths no more folders are listed than the pattern
@@ -72,7 +73,7 @@ def _is_picture(uri: str) -> bool:
 
 
 def _glob(uri: str) -> list[str]:
-    """The files that a pattern means; none if it is no pattern."""
+    """The files that match a pattern; none if `uri` is not a pattern."""
     parts, known = uri.split("/"), 0
     while known < len(parts) and (
         not set("*?[") & set(parts[known]) or _is_folder("/".join(parts[: known + 1]))
@@ -93,7 +94,7 @@ def _is_folder(uri: str) -> bool:
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str], is_folder: bool) -> bool:
-    """Whether the patterns mean a file, or could mean what is in a folder."""
+    """Whether the patterns match a file, or may match something inside a folder."""
     if not patterns:  # the folder above matches
         return all(map(listing.is_visible, parts))
     if not parts:

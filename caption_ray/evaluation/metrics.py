@@ -1,4 +1,4 @@
-"""Scores captions that are in files, without model or Ray:
+"""Scores captions that are in files; needs neither a model nor Ray:
 
     python -m caption_ray.evaluation.metrics --references captions.json --results results.json
 
@@ -23,9 +23,9 @@ from caption_ray.data.tokenizer import Tokenizer
 
 
 def read_references(uri: str) -> dict[int, list[str]]:
-    """Captions by image, from a COCO annotation file. Raises ValueError.
+    """The reference captions of each image id, from a COCO annotation file. Raises ValueError.
 
-    Every entry must be right, for a figure does not tell that a reference was missing.
+    Every entry must be valid: nobody could tell from a score that a reference was left out.
     """
     document = _read_json(uri)
     references: dict[int, list[str]] = {}
@@ -48,7 +48,8 @@ def read_references(uri: str) -> dict[int, list[str]]:
 
 
 def read_results(uri: str) -> dict[int, str]:
-    """A caption by image, from a file as COCO's evaluation server takes it. Raises ValueError."""
+    """The caption of each image id, from a results file in the format of COCO's evaluation server.
+    Raises ValueError."""
     document = _read_json(uri)
     if not isinstance(document, list):
         raise ValueError(
@@ -76,8 +77,8 @@ def _read_json(uri: str) -> Any:
 def match(
     references: Mapping[int, list[str]], results: Mapping[int, str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Hypotheses and references, by ascending image. Raises MetricsError, naming the images, if one
-    has no caption or is unknown."""
+    """Hypotheses and references, in ascending order of image ids. Raises MetricsError, naming the
+    images, if an image has no caption or a caption has no image."""
     for problem, odd in (
         ("have no caption in the results", references.keys() - results.keys()),
         ("of the results are unknown to the references", results.keys() - references.keys()),
@@ -90,7 +91,7 @@ def match(
 
 
 def table(scores: Scores) -> str:
-    """For people."""
+    """The scores as a table for people."""
     lines = [f"{name:10} {value:8.4f}" for name, value in scores.corpus.items()]
     lines += [f"{name:10}        - {reason}" for name, reason in scores.skipped.items()]
     return "\n".join(lines)
@@ -98,7 +99,7 @@ def table(scores: Scores) -> str:
 
 @dataclass
 class Arguments:
-    """Score captions that are in files, without model or Ray.
+    """Score captions that are in files; needs neither a model nor Ray.
 
     Prints a table and, as the last line, the metrics as one JSON object.
     """
@@ -106,12 +107,12 @@ class Arguments:
     references: Uri
     """COCO caption annotations: a file or URI."""
     results: Uri
-    """Captions as COCO's evaluation server takes them: a file or URI."""
+    """Captions in the results format of COCO's evaluation server: a file or URI."""
     tokenizer: TokenizerName = "ptb"
-    """What is a word (see --data.tokenizer of training): only with `ptb`, COCO's own, can scores be
-    compared with published ones."""
+    """How captions are split into words (see --data.tokenizer of training). Only scores with `ptb`,
+    which COCO uses, can be compared with published ones."""
     java: bool = True
-    """Also METEOR and SPICE, if Java and pycocoevalcap are there."""
+    """Also compute METEOR and SPICE, if Java and pycocoevalcap are installed."""
 
 
 def main() -> None:

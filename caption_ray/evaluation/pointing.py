@@ -1,6 +1,6 @@
-"""The pointing game: does a word that names an object look at it?
+"""The pointing game: when a word names an object, did the model attend to that object?
 
-After Zhang et al., 1608.00507: a word hits if its attention is highest inside a box of an object
+After Zhang et al., 1608.00507: a word is a hit if its attention peaks inside the box of an object
 that it names. Boxes come from the embedded data set or from COCO's instances.
 """
 
@@ -31,23 +31,23 @@ SYNONYMS = {
     "potted plant": ["plant", "plants"],
     "wine glass": ["glass", "glasses"],
 }
-"""What people call COCO's categories besides their names."""
+"""Other words that people use for COCO's categories."""
 
 
 @dataclass(frozen=True)
 class Pointing:
-    """Of many captions."""
+    """The result of the pointing game over many captions."""
 
     words: int
-    """Words that name an object of their picture."""
+    """Number of words that name an object in their picture."""
     hits: int
-    """Those of them that look at it."""
+    """How many of these have their attention's peak inside a box of that object."""
     chance: float
-    """Expected hits if every word looked anywhere."""
+    """Expected number of hits if every peak were at a random place."""
 
     @property
     def score(self) -> float:
-        """Share of hits; 0 if no word names anything."""
+        """Share of words that are hits; 0 if no word names an object."""
         return self.hits / self.words if self.words else 0.0
 
     @property
@@ -66,10 +66,11 @@ def point(
     objects: Sequence[Mapping[str, Any]],
     box: Box = (0.0, 0.0, 1.0, 1.0),
 ) -> Pointing:
-    """Of one caption: `attention` is (T, rows, columns) over the part `box` of the picture.
+    """Play the game with one caption. `attention` is (T, rows, columns) and covers the part `box`
+    of the picture.
 
-    `objects` are as the shards hold them: `category`, and `bbox` as x, y, width and height. The
-    last word of a name counts ("circle" of "large red circle"), in the singular or plural.
+    `objects` are those in the shards: `category`, and `bbox` as x, y, width and height. In a name
+    of several words the last one counts ("circle" in "large red circle"), singular or plural.
     """
     rows, columns = attention.shape[1:]
     left, top, right, bottom = box
@@ -96,7 +97,7 @@ def point(
 
 
 def _named(words: Sequence[str], names: Mapping[tuple[str, ...], str]) -> str | None:
-    """The category that the last of the words names, the longest name first."""
+    """The category whose name the words end with; of several such names the longest wins."""
     for name in sorted(names, key=len, reverse=True):
         said = tuple(words[-len(name) :])
         if said == name or said[:-1] == name[:-1] and said[-1:] and said[-1] in _plurals(name[-1]):

@@ -1,4 +1,4 @@
-"""Pictures of what a run learnt: its loss, its captions, and where it looked."""
+"""Draws what a run has learnt: its loss curves, its captions, and its attention."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from caption_ray.captioning.tracking import Cell, Table
 LOSS_CURVE = "loss.png"
 
 SHOWN = 6
-"""Captions in each part of a report."""
+"""Number of captions in each part of a report."""
 
 SCORES = ("CIDEr-D", "BLEU-4", "ROUGE-L")
-"""What is shown of each caption."""
+"""The scores that are shown for each caption."""
 
 Record: TypeAlias = Mapping[str, Any]
-"""Of evaluate.caption_split, with `scores`."""
+"""A record of evaluate.caption_split, with its `scores`."""
 
 
 class Curve(NamedTuple):
-    """What is drawn over the steps."""
+    """A chart over the training steps."""
 
     axis: str
     lines: dict[str, tuple[str, str]]
-    """Label and style by the key in the run's history."""
+    """Label and line style for each key of the run's history."""
 
 
 CURVES = {
@@ -45,7 +45,7 @@ CURVES = {
         {"train/reward": ("training, drawn", "-"), "val/CIDEr-D": ("validation", "o-")},
     ),
 }
-"""By heading."""
+"""The charts of a report, by their headings."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1a17; --soft: #6b645c; --paper: #faf8f5; --card: #fff;
@@ -71,14 +71,15 @@ img { max-width: 100%; border-radius: 6px; display: block; }
 
 
 def write_loss_curve(history: Sequence[dict[str, float]], run: str) -> str:
-    """Draw training and validation loss over the steps into the run's folder; returns the URI."""
+    """Draw training and validation loss over the steps and save the chart in the run's folder.
+    Returns its URI."""
     uri = storage.join(run, LOSS_CURVE)
     storage.write_bytes(uri, _draw(history, CURVES["Loss"], storage.name(run)))
     return uri
 
 
 def curves(history: Sequence[dict[str, float]], run: str) -> dict[str, bytes]:
-    """What of `CURVES` a run's history has points of: PNGs by their headings."""
+    """Those of `CURVES` for which the run's history has points, as PNGs by their headings."""
     return {
         heading: _draw(history, curve, run)
         for heading, curve in CURVES.items()
@@ -114,13 +115,14 @@ def _draw(history: Sequence[dict[str, float]], curve: Curve, title: str) -> byte
 
 
 def best_and_worst(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The captions of highest and of lowest CIDEr-D, the most extreme first."""
+    """The captions with the highest and with the lowest CIDEr-D, the most extreme first."""
     ranked = _ranked(records)
     return {"best": ranked[:SHOWN], "worst": ranked[SHOWN:][::-1][:SHOWN]}
 
 
 def attended(records: Sequence[Record]) -> list[Record]:
-    """Captions with attention, from the best by CIDEr-D to the worst in equal steps."""
+    """A sample of the captions with attention, evenly spaced from the highest to the lowest
+    CIDEr-D."""
     ranked = [record for record in _ranked(records) if record.get("attention") is not None]
     places = np.linspace(0, len(ranked) - 1, min(SHOWN, len(ranked))).astype(int)
     return [ranked[place] for place in places]
@@ -131,7 +133,7 @@ def _ranked(records: Sequence[Record]) -> list[Record]:
 
 
 def heat_maps(record: Record) -> list[tuple[str, bytes]]:
-    """Each word of a caption with attention, and a JPEG of where it looked."""
+    """The words of a caption, each with a JPEG of the picture under that word's attention map."""
     picture = Image.open(io.BytesIO(record["thumbnail"]))
     return [
         (word, _overlaid(picture, weights, record["box"]))
@@ -140,7 +142,7 @@ def heat_maps(record: Record) -> list[tuple[str, bytes]]:
 
 
 def tables(records: Sequence[Record]) -> dict[str, Table]:
-    """The pictures of `page` for a tracker."""
+    """What `page` shows, as tables and images for a tracker."""
     captions: list[list[Cell]] = [
         [which, record.get("thumbnail"), record["caption"], "\n".join(record["references"]),
          *(float(record["scores"][name]) for name in SCORES), record["file"]]
@@ -168,8 +170,8 @@ def page(
     records: Sequence[Record],
     curves: Mapping[str, bytes],
 ) -> str:
-    """A self-contained HTML page: metrics, curves, the best and the worst captions by CIDEr-D, and
-    for some of them a heat map for each word.
+    """A self-contained HTML page: metrics, charts, the best and the worst captions by CIDEr-D, and
+    for some captions an attention map of each word.
 
     `records` are those of evaluate.caption_split with their `scores`; `curves` are PNGs by heading.
     """

@@ -1,9 +1,9 @@
-"""How good a checkpoint is: a split captioned, scored, and written down for people and tools.
+"""Evaluates a checkpoint: captions a split, scores the captions, and writes the results as files.
 
-<out>/captions_<split>_<name>_results.json   as COCO's evaluation server takes it
-<out>/metrics.json                           the figures
+<out>/captions_<split>_<name>_results.json   the captions, for COCO's evaluation server
+<out>/metrics.json                           the scores
 <out>/per_image.jsonl                        caption and scores of each image
-<out>/report.html                            all of it to look at
+<out>/report.html                            all of it, to look at
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ METRICS_FILE, PER_IMAGE_FILE, REPORT_FILE = "metrics.json", "per_image.jsonl", "
 
 @dataclass(frozen=True)
 class Scorecard:
-    """What was found."""
+    """The result of an evaluation."""
 
     figures: dict[str, float]
-    """By name; metrics of `metrics.score` first."""
+    """Value by name; the metrics of `metrics.score` come first."""
     skipped: dict[str, str]
     """Metrics that could not be computed, and why."""
     unread: list[dict[str, Any]]
     """Pictures that could not be read and so are not scored: `image_id`, `file` and `error`."""
     tables: dict[str, tracking.Table]
-    """The captions and pictures of the report."""
+    """The captions and images of the report, as tables for a tracker."""
     out: str
     """URI of the folder with the files."""
 
@@ -65,15 +65,15 @@ def make(
     limit: int | None = None,
     progress: bool = True,
 ) -> Scorecard:
-    """Caption a split with a checkpoint or ensemble that was loaded and score it; the files go
-    below `out` (default: below the run).
+    """Caption a split with a loaded checkpoint or ensemble and score the captions. The files are
+    written below `out` (default: below the run).
 
-    `search` is how captions are searched for (default: as the checkpoint says). Pictures that
-    cannot be read are not scored, which the scorecard says: a captioner cannot help it. Raises
-    ValueError if none can be read, or one has no captions to compare with.
+    `search` has the search settings (default: those in the checkpoint). Pictures that cannot be
+    read are listed in the scorecard but not scored, since that is not the captioner's fault. Raises
+    ValueError if no picture can be read, or if one has no reference captions.
     """
     if "train" in dataset.splits:
-        dataset.splits["train"][0].captions()  # else wanted at the end, of storage that cannot seek
+        dataset.splits["train"][0].captions()  # fail now, not at the end, if storage cannot seek
     start = time.monotonic()
     records = evaluate.caption_split(
         loaded, dataset, split, search=search, attention=True, limit=limit, progress=progress
@@ -114,7 +114,7 @@ def make(
 def describe(
     records: list[dict[str, Any]], dataset: DataSet, seconds: float, tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Figures that need no reference, and the pointing game."""
+    """Figures that need no reference captions, and the pointing game."""
     told = [tokenizer.scored(record["caption"]) for record in records]
     figures = {
         "images": float(len(records)),
@@ -171,8 +171,8 @@ def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str,
 
 
 def log(card: Scorecard, loaded: Loaded, split: str) -> str | None:
-    """Add figures, captions and heat maps to the page of the run that the checkpoint belongs to;
-    its id, None if the run was not followed. An ensemble belongs to no run."""
+    """Add figures, captions and attention maps to the tracker's page of the run that the checkpoint
+    belongs to. Returns that page's id; None if the run was not tracked. An ensemble has no run."""
     run, state = storage.parent(loaded.uri), loaded.state
     if loaded.members:
         return None

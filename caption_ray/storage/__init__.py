@@ -1,11 +1,11 @@
-"""The one seam to files: local paths, `s3://`, `http(s)://` and what pyarrow's filesystems know.
+"""All access to files goes through here: local paths, `s3://`, `http(s)://` and pyarrow's schemes.
 
-A `uri` may be remote or local, a `path` is local. Writes commit atomically: a reader sees the old
-file or the whole new one. S3 goes through boto3 (its credential chain, `AWS_ENDPOINT_URL` for
-MinIO-like servers). Reads are verified and retried as a whole, because a body that breaks off
-half-way, trickles in or has a wrong byte is nothing that boto3 mends by itself. The modules beside
-this one, one a kind of storage, do each thing once; here is the patience. Functions raise
-FileNotFoundError for what is not there and StorageError, naming the URI, for what stays broken.
+A `uri` may be remote or local; a `path` is local. Writes are atomic: a reader sees the old file or
+the complete new one. S3 is accessed with boto3 (its credential chain, and `AWS_ENDPOINT_URL` for
+other servers). boto3 does not retry a body that breaks off, stalls or arrives with a wrong byte, so
+reads are verified and retried as a whole. The modules beside this one, one for each kind of
+storage, try each operation once; the retries are here. Functions raise FileNotFoundError if there
+is no such file, and StorageError, naming the URI, if the retries did not help.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from caption_ray.storage.uris import resolve as resolve
 from caption_ray.storage.uris import scheme as scheme
 
 ATTEMPTS = 6
-"""How often a remote operation is tried before it counts as broken."""
+"""How often a remote operation is tried before its error is raised."""
 
 LONGEST_PAUSE = 20.0
-"""Seconds; the upper bound of the pause between two tries."""
+"""The longest pause between two attempts, in seconds."""
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Whatever else pyarrow's filesystems know."""
+"""All other storage that pyarrow supports."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from caption_ray.storage.common import (
 from caption_ray.storage.uris import join, parent
 
 GOOGLE_RETRY_SECONDS = 5
-"""How long Google's client tries a request again by itself; 15 minutes unless it is told. Whatever
-takes longer to pass is asked for again as with every storage."""
+"""How long Google's client retries a request by itself (15 minutes by default). Our own retries
+come on top, as for every storage."""
 
 
 class Arrow:

@@ -1,4 +1,4 @@
-"""What the kinds of storage share: what each can do, how it fails, and how long it waits."""
+"""What all kinds of storage share: their interface, their errors and their time-outs."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 READ_TIMEOUT_VARIABLE = "CAPTION_RAY_READ_TIMEOUT"
-"""Environment variable: seconds of silence after which a remote server counts as hung, 30 unless
-it is set; on all nodes."""
+"""Environment variable, to be set on all nodes: after so many seconds without data a remote server
+counts as hung (default: 30)."""
 
 CONNECT_TIMEOUT = 10.0
 
 SLOWEST_RATE = 100_000
-"""Bytes a second, below which a body that trickles in counts as hung (the read time-out on top):
-time enough for eight readers that share a slow line, and an end to one byte a second."""
+"""A body that arrives at fewer bytes a second than this, after the read time-out, counts as hung.
+Low enough for eight readers that share a slow line; high enough to end one byte a second."""
 
 READ_BYTES = 1 << 20
-"""How much of a large object is read at a time."""
+"""Size of one read from a large object, in bytes."""
 
 PARTIAL = ".part"
 """Suffix of files that are being written."""
 
 
 class StorageError(OSError):
-    """Storage that does not answer, refuses, or holds something else than it should."""
+    """Storage does not answer, refuses the request, or does not hold what it should."""
 
 
 class DamagedError(StorageError):
-    """Bytes that are not those that were written. Damage on the way is mended by another try."""
+    """The bytes read differ from those that were written. If that happened on the way, another
+    attempt succeeds."""
 
 
 def wrong_kind(uri: str, folder: bool) -> ValueError:
-    """The error for a file where a folder is meant, or the reverse."""
+    """The error for a file in place of a folder, or a folder in place of a file."""
     if folder:
         return ValueError(f"{uri}: is there, and no folder; name another")
     return ValueError(f"{uri}: a folder (or a device); name a file")
 
 
 class HttpStatus(Exception):
-    """An answer of a web server that is an error."""
+    """A web server has answered with an error status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"HTTP {status}")
@@ -54,22 +55,23 @@ Buffer: TypeAlias = bytes | memoryview
 
 
 class Backend(Protocol):
-    """What a kind of storage must be able to do."""
+    """The operations of a kind of storage, each of which is tried once."""
 
     def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
         """The whole object, or (start, length) of it."""
 
     def read_large(self, uri: str) -> Buffer:
-        """The whole object in the least time, for a caller who knows what it must be."""
+        """The whole object, as fast as possible and unverified: the caller knows its checksum."""
 
     def write(self, uri: str, data: bytes) -> None:
-        """Create or replace the object at once; DamagedError if something else arrived there."""
+        """Create or replace the object atomically. Raises DamagedError if the storage received
+        other bytes."""
 
     def create(self, uri: str, data: bytes) -> bool:
-        """Create the object unless there is one; whether it did."""
+        """Create the object unless it exists. Returns whether it was created."""
 
     def size(self, uri: str) -> int:
-        """Bytes of the object."""
+        """The object's size in bytes."""
 
     def walk(self, uri: str) -> Iterator[str]:
         """All objects below a folder."""
@@ -81,14 +83,14 @@ class Backend(Protocol):
         """Remove the object, or the folder with all that is below it."""
 
     def delete_partial(self, uri: str) -> None:
-        """Remove what writers left behind that were killed, of the object or below the folder."""
+        """Remove the incomplete files of killed writers, of the object or below the folder."""
 
     def check_writable(self, uri: str, folder: bool) -> None:
-        """Raise an error unless the object, or objects below the folder, can be written."""
+        """Raise an error if the object, or objects below the folder, cannot be written."""
 
 
 def read_timeout() -> float:
-    """Seconds, read from the environment at each use and not at import."""
+    """The read time-out in seconds. Reads the environment at each use, not at import."""
     value = os.environ.get(READ_TIMEOUT_VARIABLE, "30")
     try:
         seconds = float(value)
@@ -101,8 +103,8 @@ def read_timeout() -> float:
 
 @contextmanager
 def time_limit(response: Any, length: int) -> Iterator[None]:
-    """Break off a body of `length` bytes that comes too slowly, which no socket time-out notices:
-    each byte starts that anew. `response` is urllib3's."""
+    """Break off a body of `length` bytes that arrives too slowly. A socket's time-out does not do
+    that, since it starts again with every byte. `response` is urllib3's."""
     limit, expired = read_timeout() + length / SLOWEST_RATE, threading.Event()
 
     def end() -> None:
@@ -126,8 +128,8 @@ def time_limit(response: Any, length: int) -> Iterator[None]:
 
 
 def read_into(readinto: Callable[[memoryview], int | None], length: int) -> memoryview:
-    """At most `length` bytes of a stream, fewer if it ends before, in memory of huge pages: numpy
-    asks for these, which spares two thirds of the time of a plain read of a file."""
+    """Read at most `length` bytes of a stream, fewer if it ends before. Reads into a numpy array:
+    numpy asks for huge pages, which saves two thirds of the time of a plain read of a file."""
     buffer = np.empty(length, np.uint8).data
     at = 0
     # a stream that makes its own copy of what is asked for shall ask for little
@@ -137,7 +139,8 @@ def read_into(readinto: Callable[[memoryview], int | None], length: int) -> memo
 
 
 def create_after_a_look(backend: Backend, uri: str, data: bytes) -> bool:
-    """`Backend.create` where storage offers nothing better: two who look at once both create it."""
+    """`Backend.create` for storage without an atomic operation for it: of two callers at the same
+    time, both may create the object."""
     try:
         backend.size(uri)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Which failures pass, which last, and what to do about those that do."""
+"""Which failures are transient, which are permanent, and how to fix the permanent ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PASSING_CODES = (
     "OperationAborted",
     "RequestTimeout",
 )
-"""S3's names of errors that are the client's by their status, and yet pass."""
+"""S3 error codes that are transient although their HTTP status says that the client is wrong."""
 
 EXPIRED_CODES = (
     "ExpiredToken",
@@ -24,7 +24,7 @@ EXPIRED_CODES = (
     "TokenRefreshRequired",
     "400",  # all of them where a HEAD was asked: its answer has no body to name them in
 )
-"""S3's names for credentials that the chain has to be asked for again."""
+"""S3 error codes after which the credential chain must be asked for new credentials."""
 
 LASTING_ERRORS = (
     "NoCredentialsError",
@@ -34,7 +34,8 @@ LASTING_ERRORS = (
     "NoRegionError",
     "InvalidRegionError",
 )
-"""boto3's names for settings that will not mend themselves; whatever else is below HTTP may."""
+"""boto3's errors of wrong settings, which are permanent; its other errors without an HTTP status
+are transient."""
 
 NO_TOKEN = {
     "Could not create a OAuth2 access token": "run `gcloud auth application-default login`, set "
@@ -42,11 +43,11 @@ NO_TOKEN = {
     "Failed to get token from DefaultAzureCredential": "run `az login`, or set AZURE_TENANT_ID, "
     "AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
 }
-"""What Google's and Azure's clients say, after tries of their own, where they find no credentials;
-and what to do about it."""
+"""What Google's and Azure's clients say, after their own retries, if they find no credentials; and
+the remedy."""
 
 LASTING_NUMBERS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
-"""The system's, of refusals that somebody has to mend."""
+"""Error numbers of the operating system for refusals that last until somebody acts."""
 
 _GIVE_KEYS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a profile that there is"
@@ -76,11 +77,11 @@ REMEDIES: dict[str | int, str] = {
     errno.EISDIR: "this is a folder: name a file in it",
     errno.ENOENT: "nothing can be created there: choose another place",
 }
-"""By S3's name of an error, boto3's, or the system's number."""
+"""Remedies by S3 error code, boto3 error or the operating system's error number."""
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the same request may well succeed later."""
+    """Whether the same request may succeed later."""
     answered = http_status(error)
     if answered is not None:
         return answered in (408, 429) or answered >= 500 or error_code(error) in PASSING_CODES
@@ -88,8 +89,8 @@ def is_passing(error: Exception) -> bool:
 
 
 def lasts(error: Exception) -> bool:
-    """Whether whoever asks again later will be refused again: a disk that is full or read-only, no
-    credentials, or none that suffice."""
+    """Whether the error is permanent: a disk that is full or read-only, or missing or insufficient
+    credentials."""
     cause = error.__cause__ if isinstance(error, StorageError) else error
     if isinstance(cause, OSError):
         return cause.errno in LASTING_NUMBERS
@@ -99,12 +100,12 @@ def lasts(error: Exception) -> bool:
 
 
 def _without_token(error: Exception) -> str | None:
-    """The remedy, if this is Google's or Azure's client that has no credentials."""
+    """The remedy, if Google's or Azure's client found no credentials; else None."""
     return next((remedy for said, remedy in NO_TOKEN.items() if said in str(error)), None)
 
 
 def http_status(error: Exception) -> int | None:
-    """Of an answer over HTTP; None if there was none."""
+    """The HTTP status of the answer; None if there was no answer."""
     if isinstance(error, HttpStatus):
         return error.status
     response = getattr(error, "response", None)  # botocore's ClientError
@@ -114,19 +115,19 @@ def http_status(error: Exception) -> int | None:
 
 
 def error_code(error: Exception) -> str | None:
-    """S3's name of the error."""
+    """The S3 error code."""
     response = getattr(error, "response", None)
     return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
 
 
 def no_bucket(uri: str) -> StorageError:
-    """For a resolved URI of S3."""
+    """The error message for a resolved S3 URI."""
     bucket, _ = split_bucket(uri)
     return StorageError(f"{uri}: there is no bucket {bucket!r}; create it, or correct its name")
 
 
 def lasting(uri: str, error: Exception, attempts: int = 1) -> StorageError:
-    """In one line: what was asked for, why that cannot be had, and what to do about it."""
+    """One line that says what was requested, why it failed, and the remedy."""
     if isinstance(error, DamagedError):
         return DamagedError(f"{error} (read {attempts} times)")
     if error_code(error) == "NoSuchBucket":

@@ -1,4 +1,4 @@
-"""Web servers, which are only read."""
+"""Web servers, which are read-only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from caption_ray.storage.common import (
 
 
 class Http:
-    """Read-only: COCO's own zips by URL."""
+    """`http://` and `https://`, for example COCO's own zip files."""
 
     def __init__(self) -> None:
         import urllib3
@@ -25,7 +25,7 @@ class Http:
         self.pool = urllib3.PoolManager(maxsize=32, timeout=timeout, retries=retries)
 
     def request(self, method: str, uri: str, headers: dict[str, str]) -> Any:
-        """The answer, its body still to be read; raises for an error."""
+        """The server's response, with its body unread. Raises for an error status."""
         try:
             response = self.pool.request(method, uri, headers=headers, preload_content=False)
         except ValueError as error:  # a host or port that cannot be

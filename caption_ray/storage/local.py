@@ -16,7 +16,7 @@ from caption_ray.storage.failures import lasting
 
 
 def opened(path: str) -> io.BufferedReader:
-    """The file, for reading; a folder, or what is below a file, is as little there as nothing."""
+    """Open a file for reading. A folder, or a path below a file, counts as a missing file."""
     try:
         return open(path, "rb")
     except (IsADirectoryError, NotADirectoryError) as error:
@@ -25,7 +25,8 @@ def opened(path: str) -> io.BufferedReader:
 
 @contextmanager
 def _creating(uri: str) -> Iterator[None]:
-    """What is not found while something is made (in /proc, say) is not a missing object."""
+    """Turns FileNotFoundError while a file is created (in /proc, say) into another error, since no
+    object is missing."""
     try:
         yield
     except FileNotFoundError as error:
@@ -33,12 +34,12 @@ def _creating(uri: str) -> Iterator[None]:
 
 
 def _new_partial(folder: Path, name: str) -> tuple[int, str]:
-    """A new file that no listing shows: its handle and path."""
+    """Create a temporary file that listings leave out; returns its handle and path."""
     return tempfile.mkstemp(prefix=f".{name}.", suffix=PARTIAL, dir=folder)
 
 
 class Local:
-    """Paths on this machine, as `storage.resolve` makes them."""
+    """Paths on this machine, resolved by `storage.resolve`."""
 
     def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
         with opened(uri) as file:

@@ -1,4 +1,4 @@
-"""`s3://` through boto3: its credential chain, `AWS_ENDPOINT_URL` for MinIO-like servers."""
+"""`s3://` with boto3: its credential chain, and `AWS_ENDPOINT_URL` for servers such as MinIO."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from caption_ray.storage.failures import error_code, http_status, no_bucket
 from caption_ray.storage.uris import split_bucket
 
 PART_BYTES = 8 << 20
-"""Larger objects go to S3 in parts of this size."""
+"""Larger objects are uploaded in parts of this size, in bytes."""
 
 
 class S3:
-    """`s3://bucket/key` through boto3."""
+    """`s3://bucket/key` with boto3."""
 
     def __init__(self) -> None:
         import boto3
@@ -71,7 +71,7 @@ class S3:
 
     @contextmanager
     def opened(self, uri: str, **options: str) -> Iterator[dict[str, Any]]:
-        """The server's answer, its `Body` still to be read within the time that it may take."""
+        """The server's response. Its `Body` is unread, and must be read within its time limit."""
         bucket, key = split_bucket(uri)
         answer = self.client.get_object(Bucket=bucket, Key=key, **options)
         # boto3 offers no other way to the connection than this private name
@@ -201,7 +201,7 @@ class S3:
         self.client.abort_multipart_upload(**where, UploadId=upload)
 
     def holds_other(self, uri: str, folder: bool) -> bool:
-        """Whether there is an object where a folder is meant, or the reverse."""
+        """Whether there is an object in place of a folder, or a folder in place of an object."""
         _, key = split_bucket(uri)
         try:
             if folder:
@@ -214,7 +214,7 @@ class S3:
 
 
 def _etag(data: bytes) -> str:
-    """What S3 servers name an unencrypted object: its MD5, or that of the MD5s of its parts."""
+    """The ETag of an unencrypted object on S3 servers: its MD5, or the MD5 of its parts' MD5s."""
 
     def md5(part: bytes | memoryview) -> Any:
         return hashlib.md5(part, usedforsecurity=False)

@@ -1,8 +1,8 @@
-"""What a URI means: a local path, a place in some storage, or a refusal that names it.
+"""Parses URIs: each is a local path or a place in some storage, or is refused with a reason.
 
-A path whose first part has a colon is never taken for a local one: a folder named `s3:` is what a
-mistyped bucket would leave behind. Names are escaped where the standard of URIs has them so (web
-servers, `file:`, pyarrow's); keys of S3 stand as they are, as everywhere.
+A path with a colon in its first part is never taken for a local one: a mistyped bucket name would
+otherwise create a folder called `s3:`. Names are percent-encoded where the URI standard asks for it
+(web servers, `file:` and pyarrow's schemes); S3 keys are written literally, as in other S3 tools.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NoReturn
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 ARROW_SCHEMES = ("gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "hf")
-"""What pyarrow knows by itself; whatever has a file system of fsspec is `fsspec+name://`."""
+"""Schemes that pyarrow supports itself; `fsspec+NAME://` reaches any file system of fsspec."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 
 _BUCKET = re.compile(
-    # what boto3 lets pass, which servers other than Amazon's allow; and names of access points
+    # the names that boto3 accepts (some servers allow more than Amazon's does), and access points
     r"(?P<bucket>(?!\.+(?:/|$))[a-zA-Z0-9._-]{1,255}"
     r"|arn:aws[^:/]*:s3(?:-object-lambda)?:[a-z0-9-]*:\d{12}:accesspoint[/:][a-zA-Z0-9.-]{1,63}"
     r"|arn:aws[^:/]*:s3-outposts:[a-z0-9-]+:\d{12}:outpost[/:][a-zA-Z0-9-]{1,63}"
@@ -30,14 +30,15 @@ _BUCKET = re.compile(
 _HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::\d+)?")
 
 _PLACE = re.compile(r"(?:[\w.-]+@)?[\w.-]+(?::\d+)?")
-"""The bucket, host or container that pyarrow's URIs begin with."""
+"""The bucket, host or container at the start of one of pyarrow's URIs."""
 
 _RESERVED = ":/?#[]@!$&'()*+,;=~"
-"""What means something in a URI by standing there unescaped."""
+"""Characters that have a meaning in a URI unless they are escaped."""
 
 
 def scheme(uri: str) -> str:
-    """`s3`, `http`, ... or `file` for a local path; ValueError for what could be either."""
+    """The scheme (`s3`, `http`, ...) of a URI, or `file` for a local path. Raises ValueError if it
+    could be either."""
     if not uri.strip():
         _refuse(
             uri, "names nothing; give a path or a URI (. is this folder; is a variable not set?)"
@@ -68,9 +69,9 @@ def scheme(uri: str) -> str:
 
 
 def resolve(uri: str) -> str:
-    """An absolute form of `uri` that means the same in every process and folder.
+    """The absolute form of `uri`, which means the same in every process and working directory.
 
-    ValueError, naming `uri` and what to write instead, for what means nothing or two things.
+    Raises ValueError, naming `uri` and what to write instead, if it is invalid or ambiguous.
     """
     kind = scheme(uri)
     if kind == "file":
@@ -90,7 +91,7 @@ def resolve(uri: str) -> str:
             _refuse(uri, f"{place!r} is no name of a {'server' if web else 'bucket or host'}; "
                     f"write {kind}://name/... (is a variable not set?)")  # fmt: skip
     base, tail = _cut(f"{kind}://{place}{_escape_illegal(path)}")
-    # a web server may mean something else by the slash, but has no folders that could be meant
+    # on a web server a trailing slash may make a difference; elsewhere it only marks a folder
     return base + tail if web else base.rstrip("/") + tail
 
 
@@ -100,9 +101,10 @@ def is_local(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri/part/part`; the parts are names, of which no character has another meaning."""
+    """`uri/part/part`. The parts are plain names: characters such as `?` or `%` are escaped where
+    they would have a meaning in the URI."""
     if not uri:
-        scheme(uri)  # refuses it: what is joined would be a path from the root
+        scheme(uri)  # raises: joining to an empty URI would give a path from the root
     kind = _kind(uri)
     if kind == "file":
         uri = resolve(uri)
@@ -117,7 +119,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def name(uri: str) -> str:
-    """The last part of `uri`, as a name."""
+    """The last part of `uri`, unescaped."""
     kind = _kind(uri)
     last = (_cut(uri)[0] if _is_escaped(kind) else uri).rstrip("/").rsplit("/", 1)[-1]
     return unquote(last) if _is_escaped(kind) or kind == "file" else last
@@ -133,15 +135,15 @@ def parent(uri: str) -> str:
 
 
 def relative(uri: str, folder: str) -> str:
-    """The path, as names, from the folder to what is below it; both as `resolve` makes them."""
+    """The unescaped path of `uri` below `folder`. Both must be resolved."""
     if not _is_escaped(_kind(uri)):
         return uri[len(folder.rstrip("/")) + 1 :]
     return unquote(_cut(uri)[0][len(_cut(folder)[0].rstrip("/")) + 1 :])
 
 
 def arrow_uri(uri: str) -> str:
-    """What pyarrow, and so Ray, takes for the same place: they know keys of S3 as escaped, and read
-    settings after a question mark, one of which would have buckets created."""
+    """The URI by which pyarrow, and so Ray, finds the same place. They expect escaped S3 keys, and
+    read options after a question mark, one of which makes them create buckets."""
     uri = resolve(uri)
     if _kind(uri) != "s3":
         return uri
@@ -153,14 +155,14 @@ def arrow_uri(uri: str) -> str:
 
 
 def split_bucket(uri: str) -> tuple[str, str]:
-    """Bucket and key, which may be empty, of a resolved URI of S3."""
+    """The bucket and the key, which may be empty, of a resolved S3 URI."""
     match = _BUCKET.fullmatch(uri.removeprefix("s3://"))
     assert match is not None, "not resolved"
     return match["bucket"], match["key"] or ""
 
 
 def shown(uri: str) -> str:
-    """For messages: without what may be credentials."""
+    """The URI as error messages show it: without anything that may be credentials."""
     return re.sub(r"^([^:]*:/*)(?=[^/]*[:@]).*@", r"\1***@", uri, flags=re.DOTALL)
 
 
@@ -191,7 +193,7 @@ def _resolve_s3(uri: str, rest: str) -> str:
 def _resolve_path(uri: str) -> str:
     path = _path_of(uri) if _kind(uri) == "file" else uri
     try:
-        # Path drops the ./ by which a name that begins with ~ is told from a user's folder
+        # Path drops a leading ./, which tells a file named ~x from the home folder of user x
         return str((Path(path).expanduser() if path[0] == "~" else Path(path)).resolve())
     except RuntimeError as error:  # no such user, or links in a circle
         _refuse(uri, f"no path ({error}); write ./{path} for a name that begins with ~"
@@ -199,7 +201,7 @@ def _resolve_path(uri: str) -> str:
 
 
 def _path_of(uri: str) -> str:
-    """The path that a `file:` URI means."""
+    """The local path of a `file:` URI."""
     rest = uri[len("file:") :]
     host, path = "", rest
     if rest.startswith("//"):
@@ -216,13 +218,13 @@ def _path_of(uri: str) -> str:
 
 
 def _head(uri: str) -> str | None:
-    """What stands before a colon in the first part of `uri`; None for a path without one."""
+    """The text before the colon in the first part of `uri`; None if there is no colon there."""
     head, colon, _ = uri.partition(":")
     return head if colon and "/" not in head else None
 
 
 def _kind(uri: str) -> str:
-    """The scheme of what is a URI by its looks, empty for what is not: judges nothing."""
+    """The scheme if `uri` looks like a URI, else an empty string. Unlike `scheme`, never raises."""
     head = _head(uri) or ""
     return head.lower() if _SCHEME.fullmatch(head) and uri[len(head) + 1 :][:1] == "/" else ""
 
@@ -232,12 +234,12 @@ def _is_escaped(kind: str) -> bool:
 
 
 def _cut(uri: str) -> tuple[str, str]:
-    """`uri` up to its query or fragment, and these."""
+    """`uri` up to its query or fragment, and the rest."""
     match = re.search("[?#]", uri)
     at = match.start() if match else len(uri)
     return uri[:at], uri[at:]
 
 
 def _escape_illegal(text: str) -> str:
-    """With what no URI may have escaped; what is escaped already stays."""
+    """Escape the characters that a URI may not contain; existing escapes are kept."""
     return re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe=f"{_RESERVED}%"))

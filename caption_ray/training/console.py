@@ -25,6 +25,10 @@ from caption_ray import cluster
 
 REFRESH_SECONDS = 0.3
 WAIT_SECONDS = 0.2
+FAILURE_SECONDS = 1.0
+"""Between two looks of the driver for a reason why the run cannot go on."""
+ENDING_SECONDS = 3.0
+"""In which Ray Train, which one worker ends in, must end once there is such a reason."""
 
 T = TypeVar("T")
 
@@ -136,12 +140,23 @@ def _show(mailbox: Any, done: threading.Event) -> None:
 # Signals --------------------------------------------------------------------------------------
 
 
+class LeftAloneError(Exception):
+    """The function goes on, on its thread, but nobody waits for it."""
+
+
 def call_until_told_to_stop(
-    function: Callable[[], T], tell: Callable[[], None], lost: threading.Event | None = None
+    function: Callable[[], T],
+    tell: Callable[[], None],
+    lost: threading.Event | None = None,
+    failure: Callable[[], str | None] = lambda: None,
 ) -> T:
     """What the function returns; on the first SIGINT or SIGTERM, or once it is `lost`, `tell` is
     called, once, and the function has as long as it needs to end. A second signal has its usual
     effect.
+
+    Once there is a `failure`, it has a moment left; then LeftAloneError is raised. (Of several
+    workers one has failed then; the others wait for it, so that Ray Train starts all of them again,
+    which only makes them see the failure and end.)
 
     The function runs on another thread: on the main one Ray Train would make SIGINT its own.
     """
@@ -156,10 +171,17 @@ def call_until_told_to_stop(
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
+    looked = time.monotonic()
     with _first_signal() as told:
         thread.start()
         while thread.is_alive():
             thread.join(WAIT_SECONDS)
+            if time.monotonic() > looked + FAILURE_SECONDS:
+                looked = time.monotonic()
+                if failure() is not None:
+                    thread.join(ENDING_SECONDS)
+                    if thread.is_alive():
+                        raise LeftAloneError
             if not is_told and (told.is_set() or (lost is not None and lost.is_set())):
                 is_told = True
                 tell()

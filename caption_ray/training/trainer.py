@@ -240,8 +240,10 @@ def _fit(
     before = run_folder.latest_step(run)
     complete, failed = False, None
     try:
-        complete = console.call_until_told_to_stop(trainer.fit, shown.stop, lost).return_value
-    except TrainingFailedError as error:
+        complete = console.call_until_told_to_stop(
+            trainer.fit, shown.stop, lost, shown.failure
+        ).return_value
+    except (TrainingFailedError, console.LeftAloneError) as error:
         failed = error
     reason = shown.failure()  # first, since the reason may be that storage cannot be read
     if reason is None:

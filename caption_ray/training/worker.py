@@ -18,6 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from caption_ray import cluster
@@ -66,7 +67,7 @@ def work(loop_config: dict[str, Any]) -> bool:
     assignment: Assignment = loop_config["assignment"]
     worker = None
     try:
-        if assignment.console.failure() is not None or assignment.claim.is_lost():
+        if _is_over(assignment):
             return False
         worker = _Worker(assignment)
         return _train(worker)
@@ -78,12 +79,20 @@ def work(loop_config: dict[str, Any]) -> bool:
         permanence.note(assignment.claim.run, assignment.console, error)
         if ray.train.get_context().get_world_size() == 1:
             return False
-        # raised so that Ray Train ends the other workers, which wait for this one. It then restarts
-        # all of them; they find the reason and end at once
+        # raised so that Ray Train ends the other workers, which wait for this one. It would then
+        # restart all of them, for which the driver does not wait; they find the reason, and end
         raise
     finally:
         if worker is not None:
             worker.journal.clean_up()
+
+
+def _is_over(assignment: Assignment) -> bool:
+    """Whether the run has ended for good: then a worker that starts has nothing to do."""
+    try:
+        return assignment.console.failure() is not None or assignment.claim.is_lost()
+    except RayActorError:  # the driver has closed its console
+        return True
 
 
 def _train(worker: _Worker) -> bool:

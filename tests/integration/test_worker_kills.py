@@ -7,9 +7,15 @@ import threading
 import time
 
 import numpy as np
-import psutil
 import pytest
-from tiny_runs import latest_of, losses_of, tiny_config, weights_of, without_dropout
+from tiny_runs import (
+    latest_of,
+    losses_of,
+    tiny_config,
+    training_workers,
+    weights_of,
+    without_dropout,
+)
 
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.training import trainer
@@ -18,16 +24,6 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 KILLS = sorted(int(step) for step in np.random.default_rng(7).choice(22, 3, replace=False) + 1)
 """Steps of 24, three epochs, at which a worker is killed."""
-
-
-def _workers():
-    """The training workers of this process's Ray."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any("RayTrainWorker" in part for part in process.cmdline()):
-                yield process.pid
-        except psutil.NoSuchProcess:
-            pass
 
 
 def _kill_a_worker_at(steps, pointer):
@@ -39,7 +35,7 @@ def _kill_a_worker_at(steps, pointer):
 
     def watch():
         for step in steps:
-            while not (reached(step) and (alive := set(_workers()) - set(killed))):
+            while not (reached(step) and (alive := set(training_workers()) - set(killed))):
                 time.sleep(0.02)
             killed.append(min(alive))
             os.kill(killed[-1], signal.SIGKILL)

@@ -3,12 +3,13 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from caption_ray.training.console import call_until_told_to_stop
+from caption_ray.training.console import LeftAloneError, call_until_told_to_stop
 from caption_ray.training.interruption import Votes, Wish
 
 
@@ -51,6 +52,35 @@ def test_a_second_ctrl_c_ends_at_once():
         call_until_told_to_stop(function, tell)
     signal.signal(signal.SIGINT, before)
     ended.set()
+
+
+def test_after_a_failure_nobody_waits_for_a_function_that_goes_on():
+    failed, ended = threading.Event(), threading.Event()
+
+    def function():
+        failed.set()
+        ended.wait(60)
+
+    with pytest.raises(LeftAloneError):
+        call_until_told_to_stop(
+            function, lambda: None, failure=lambda: "no disk" if failed.is_set() else None
+        )
+    assert not ended.is_set()
+    ended.set()
+
+
+def test_a_function_that_ends_soon_after_a_failure_returns():
+    failed = threading.Event()
+
+    def function():
+        failed.set()
+        time.sleep(1.2)  # longer than between two looks
+        return "ended"
+
+    def failure():
+        return "no disk" if failed.is_set() else None
+
+    assert call_until_told_to_stop(function, lambda: None, failure=failure) == "ended"
 
 
 def test_an_error_of_the_function_is_raised():

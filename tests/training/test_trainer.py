@@ -9,7 +9,14 @@ import threading
 import numpy as np
 import pytest
 from patience import wait_until
-from tiny_runs import latest_of, losses_of, tiny_config, weights_of, without_dropout
+from tiny_runs import (
+    latest_of,
+    losses_of,
+    tiny_config,
+    training_workers,
+    weights_of,
+    without_dropout,
+)
 
 from caption_ray import storage
 from caption_ray.captioning import checkpoint, ownership, run_folder
@@ -228,6 +235,17 @@ def test_a_run_that_goes_on_is_refused_to_a_second_start_until_that_takes_it_ove
     checkpoint.load(run_folder.find(run))
     assert not storage.exists(storage.join(run, ownership.OWNER))
     assert not run_folder.read_config(run).run.take_over, "for the next start to inherit"
+
+
+@pytest.mark.slow
+def test_of_two_workers_one_that_cannot_go_on_ends_the_run_and_the_other(shards, tmp_path, capfd):
+    rates = {"learning_rate": 1e9, "encoder_learning_rate": 1e9, "max_failures": 3}
+    with pytest.raises(trainer.RunError, match="NonFiniteLoss"):
+        trainer.train(tiny_config(shards, tmp_path, "diverges", num_workers=2, **rates))
+    told = capfd.readouterr()
+    assert "Traceback" not in told.out + told.err
+    # Ray Train starts them once more, after which nobody waits for them
+    wait_until(lambda: not list(training_workers()), 60, "the workers to end")
 
 
 @pytest.mark.slow
