@@ -41,41 +41,51 @@ JAVASCRIPT_CLIENT = "@huggingface/inference"
 list. (In browsers it cannot say so, and needs `?format=object`.)"""
 
 
+EXAMPLE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4"
+    "2mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+"""A picture of one pixel, a PNG in base64: with it the requests that /docs shows can be tried."""
+
+
 class Generation(Strict):
     """How captions are generated; the checkpoint's settings are the defaults."""
 
     num_return_sequences: int = Field(default=1, ge=1, le=MAX_RETURN)
-    """Captions of each picture, the best first."""
+    """How many captions to return for each picture, the best first."""
 
     num_beams: int | None = Field(default=None, ge=1, le=MAX_BEAMS)
-    """Beams; 1 is greedy. At least `num_return_sequences`, unless sampling."""
+    """Width of the beam search; 1 is greedy search. At least `num_return_sequences`, unless words
+    are sampled."""
 
     max_new_tokens: int | None = Field(default=None, ge=1, le=MAX_LENGTH)
-    """Most words in a caption."""
+    """Greatest number of words in a caption."""
 
     min_new_tokens: int | None = Field(default=None, ge=0, le=MAX_LENGTH)
-    """Fewest words before a caption may end."""
+    """Smallest number of words before a caption may end."""
 
     no_repeat_ngram_size: int | None = Field(default=None, ge=0, le=MAX_LENGTH)
-    """A caption never repeats an n-gram of this many words; 0: no limit."""
+    """No sequence of this many words appears twice in a caption; 0 allows repetition."""
 
     length_penalty: float | None = Field(default=None, ge=0, le=5)
-    """Captions are ranked by log-probability / length ** length_penalty."""
+    """Captions are ranked by log-probability / length ** length_penalty: larger values favour
+    longer captions."""
 
     do_sample: bool | None = None
-    """Whether words are sampled at random; true if any of the next three is given."""
+    """Sample words at random instead of searching for the likeliest caption. Implied by
+    `temperature`, `top_k` and `top_p`."""
 
     temperature: float | None = Field(default=None, ge=SMALLEST, le=10)
-    """Words are sampled from softmax(logits / temperature); default 1."""
+    """Words are sampled from softmax(logits / temperature); 1 if it is not given."""
 
     top_k: Count | None = None
-    """Sample among this many of the likeliest words only."""
+    """Sample only among this many of the likeliest words."""
 
     top_p: float | None = Field(default=None, ge=SMALLEST, le=1)
-    """Sample among the fewest words that together have this probability."""
+    """Sample only among the likeliest words that together have this probability."""
 
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    """The same seed samples the same captions."""
+    """The same seed gives the same samples."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
@@ -151,7 +161,7 @@ class CaptionRequest(Strict):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"inputs": "iVBORw0KGgo...", "parameters": {"num_return_sequences": 3}}]
+            "examples": [{"inputs": EXAMPLE, "parameters": {"num_return_sequences": 3}}]
         },
     )
 
@@ -184,6 +194,14 @@ class Attention(BaseModel):
 
 
 class GeneratedCaption(BaseModel):
+    """A caption."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"generated_text": "a dog runs across the grass", "log_prob": -4.21}]
+        }
+    )
+
     generated_text: str
     log_prob: float = Field(description="Natural logarithm of the caption's probability.")
     words: list[str] | None = Field(default=None, description="If attention was requested.")
@@ -232,15 +250,17 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
     @app.post(
         "/caption",
         tags=["captions"],
+        summary="Caption pictures",
         response_model=None,
         responses=answers,
         openapi_extra={"requestBody": body},
     )
     async def caption(request: Request, query: Annotated[Parameters, Query()]) -> Response:
-        """Captions of pictures: the body is a picture's bytes, JSON with base64, or a form.
+        """The body is the bytes of a picture, JSON with pictures in base64, or a form with files.
 
-        The header X-Checkpoint names the checkpoint, X-Batch-Size how many pictures were captioned
-        together. With `Accept: text/plain` the answer is captions alone, one a line.
+        The answer's header `X-Checkpoint` names the checkpoint, and `X-Batch-Size` says how many
+        pictures were captioned together. With `Accept: text/plain` the answer has only the
+        captions, one on each line.
         """
         async with service.body(request) as body:
             asked = await _read(body.data, request.headers, query, service)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from caption_ray.config import SMALLEST
 from caption_ray.serving import sse
 from caption_ray.serving.budget import Share
-from caption_ray.serving.caption_api import MAX_SEED, decode_base64
+from caption_ray.serving.caption_api import EXAMPLE, MAX_SEED, decode_base64
 from caption_ray.serving.contract import MAX_LENGTH, MAX_RETURN, Answer, NextWords, Options
 from caption_ray.serving.conversation import UpToStop, picture_urls
 from caption_ray.serving.errors import Refusal, Strict, documented, read_json
@@ -114,7 +114,7 @@ class ChatRequest(Strict):
                                 {"type": "text", "text": "What is this?"},
                                 {
                                     "type": "image_url",
-                                    "image_url": {"url": "data:image/png;base64,iVBORw0KGgo..."},
+                                    "image_url": {"url": f"data:image/png;base64,{EXAMPLE}"},
                                 },
                             ],
                         }
@@ -137,7 +137,7 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = None
 
     n: int | None = Field(default=None, ge=1, le=MAX_RETURN)
-    """Captions, the best first."""
+    """How many captions to return, the best first."""
 
     max_tokens: int | None = Field(default=None, ge=1)
     """Most words in a caption; never more than the limit that `GET /info` states."""
@@ -240,14 +240,24 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         **documented("chat", 400, 401, 404, 408, 413, 429, 500, 503, 504),
     }
 
-    @app.get("/v1/models", tags=["chat"], responses=documented("chat", 401))
+    @app.get(
+        "/v1/models",
+        tags=["chat"],
+        summary="List the models",
+        responses=documented("chat", 401),
+    )
     async def models() -> Models:
-        """The one model that is served."""
+        """There is always one: the captioner."""
         return Models(data=[model])
 
-    @app.get("/v1/models/{model_id:path}", tags=["chat"], responses=documented("chat", 401, 404))
+    @app.get(
+        "/v1/models/{model_id:path}",
+        tags=["chat"],
+        summary="Look up a model",
+        responses=documented("chat", 401, 404),
+    )
     async def one_model(model_id: str) -> Model:
-        """A model by its name."""
+        """404 if the captioner has another name."""
         if model_id != name:
             raise _unknown_model(model_id, name)
         return model
@@ -255,6 +265,7 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
     @app.post(
         "/v1/chat/completions",
         tags=["chat"],
+        summary="Ask about a picture",
         response_model=None,
         responses=answers,
         openapi_extra={
@@ -262,7 +273,8 @@ def add(app: FastAPI, service: Service) -> list[type[BaseModel]]:
         },
     )
     async def complete(request: Request) -> Response:
-        """A caption of the picture in the last message of the user."""
+        """The answer is a caption of the picture in the last message that has one, whatever its
+        text asks. Of several pictures in that message each is captioned, on a line of its own."""
         async with service.body(request) as received:
             asked = await service.parse(read_json, ChatRequest, received.data)
             _require_supported(asked)

@@ -21,8 +21,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi_offline import FastAPIOffline
 from PIL import Image
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -30,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from caption_ray import storage
 from caption_ray.data import shapes, transforms
-from caption_ray.serving import caption_api, chat_api
+from caption_ray.serving import api_document, caption_api, chat_api
 from caption_ray.serving.auth import Tokens
 from caption_ray.serving.contract import Backend
 from caption_ray.serving.errors import Family, Refusal, documented, refuse_field
@@ -52,7 +50,9 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
     """
     app = FastAPIOffline(
         title="caption_ray",
-        description="Captions for pictures. Every answer has the header X-Request-ID.",
+        description=api_document.DESCRIPTION,
+        openapi_tags=api_document.TAGS,
+        generate_unique_id_function=lambda route: route.name,
         docs_url=None,
         redoc_url=None,
         # the folder that this document is in, wherever a proxy has put it
@@ -94,22 +94,34 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
         )
         return refusal.response(_family(request.scope))
 
-    @app.get("/livez", tags=["probes"])
+    @app.get("/livez", tags=["probes"], summary="Is the server running?")
     async def livez() -> dict[str, str]:
-        """Whether the server is running."""
+        """For liveness probes: always 200 once the server has started."""
         return {"status": "alive"}
 
-    @app.get("/readyz", tags=["probes"], responses=documented("caption", 503))
+    @app.get(
+        "/readyz",
+        tags=["probes"],
+        summary="Can pictures be captioned?",
+        responses=documented("caption", 503),
+    )
     async def readyz() -> dict[str, str]:
-        """Whether pictures can be captioned. `asleep`: yes, but a captioner must start first."""
+        """For readiness probes: `ready`, or `asleep` if all captioners have been scaled away and
+        the next picture starts one. 503 while captioners start."""
         status = await backend.status()
         if status == "starting":
             raise Refusal(503, "unavailable", "no captioner is ready", retry_after=1)
         return {"status": status}
 
-    @app.get("/info", tags=["about"], responses=documented("caption", 401))
+    @app.get(
+        "/info",
+        tags=["about"],
+        summary="Which model is served?",
+        responses=documented("caption", 401),
+    )
     async def info() -> dict[str, Any]:
-        """The model, its checkpoint, the checkpoint that was last refused, and the limits."""
+        """The model and the checkpoint that it was loaded from, the last checkpoint that was
+        refused, if any, and the limits for requests: bytes, pixels, formats, beams."""
         return {**await backend.info(), "limits": service.limits}
 
     @app.get("/docs", include_in_schema=False)
@@ -126,7 +138,7 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
 
     _add_page(app, settings.examples)
     schemas = [*caption_api.add(app, service), *chat_api.add(app, service)]
-    app.openapi = partial(_openapi, app, schemas, tokens.required)  # type: ignore[method-assign]
+    app.openapi = partial(api_document.describe, app, schemas, tokens.required)  # type: ignore[method-assign]
     return app
 
 
@@ -196,38 +208,6 @@ def _pictures_in(folder: str) -> dict[str, bytes]:
     if not pictures:
         raise ValueError(f"examples is {folder!r}: there are no files; name a folder of pictures")
     return pictures
-
-
-# OpenAPI --------------------------------------------------------------------------------------
-
-
-def _openapi(app: FastAPI, schemas: list[type[BaseModel]], tokens: bool) -> dict[str, Any]:
-    """FastAPI's document, plus the schemas of the bodies that the APIs parse themselves."""
-    if app.openapi_schema is None:
-        described = FastAPI.openapi(app)
-        _, definitions = models_json_schema(
-            [(schema, "validation") for schema in schemas],
-            ref_template="#/components/schemas/{model}",
-        )
-        components = described.setdefault("components", {})
-        components.setdefault("schemas", {}).update(definitions.get("$defs", {}))
-        _drop_fastapis_errors(described)
-        if tokens:
-            components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-            described["security"] = [{"token": []}]
-        app.openapi_schema = described
-    return app.openapi_schema
-
-
-def _drop_fastapis_errors(described: dict[str, Any]) -> None:
-    """FastAPI documents a 422 for every route with parameters; here these errors are a 400."""
-    own = {"HTTPValidationError", "ValidationError"}
-    for path in described["paths"].values():
-        for operation in path.values():
-            if "HTTPValidationError" in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]
-    schemas = described["components"]["schemas"]
-    described["components"]["schemas"] = {k: v for k, v in schemas.items() if k not in own}
 
 
 # Middleware -----------------------------------------------------------------------------------

@@ -71,6 +71,31 @@ def test_no_operation_is_left_out(described: Any) -> None:
     assert found == set(OPERATIONS)
 
 
+def test_every_operation_has_a_summary_that_a_person_wrote(
+    client: Callable[..., TestClient],
+) -> None:
+    document = client().get("/openapi.json").json()
+    tags = {tag["name"] for tag in document["tags"]}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            # FastAPI's own: "Readyz" of the function readyz
+            assert operation["summary"].lower() != operation["operationId"].replace("_", " "), path
+            assert operation["description"] and set(operation["tags"]) <= tags
+    assert "Response " not in str(
+        [s.get("title") for s in document["components"]["schemas"].values()]
+    )
+
+
+def test_the_requests_that_the_documentation_shows_are_answered(
+    client: Callable[..., TestClient],
+) -> None:
+    http = client(max_body_bytes=10**6)
+    schemas = http.get("/openapi.json").json()["components"]["schemas"]
+    for path, name in (("/caption", "CaptionRequest"), ("/v1/chat/completions", "ChatRequest")):
+        for example in schemas[name]["examples"]:
+            assert http.post(path, json=example).status_code == 200, example
+
+
 def with_picture(case: Any) -> Any:
     """The same request, but with a real picture: schemas only know strings."""
     text = base64.b64encode(PNG).decode()
