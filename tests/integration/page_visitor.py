@@ -100,7 +100,7 @@ class Visitor:
         self.words = page.locator("#caption").get_by_role("button")
         self.alternatives = page.locator("#alternatives").get_by_role("button")
         self.examples = page.locator("#examples").get_by_role("button")
-        self.chooser = page.get_by_text("Choose a picture", exact=True)
+        self.chooser = page.get_by_text("Choose pictures", exact=True)
         self.alert = page.get_by_role("alert")
         self.legend = page.locator("#legend")
         self.heatmap = page.locator("#heatmap")
@@ -122,6 +122,14 @@ class Visitor:
 
     def choose(self, picture: int | bytes) -> None:
         self.page.locator("#file").set_input_files(self._file(picture))
+
+    def choose_all(self, pictures: dict[str, bytes]) -> None:
+        """Choose several files, with their names."""
+        files: Any = [
+            {"name": name, "mimeType": "image/jpeg", "buffer": data}
+            for name, data in pictures.items()
+        ]
+        self.page.locator("#file").set_input_files(files)
 
     def choose_by(self, act: Callable[[], None], picture: int) -> None:
         """Choose a picture in the browser's own dialog, which `act` opens."""

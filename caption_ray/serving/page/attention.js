@@ -168,7 +168,9 @@ function pointRegion(cell) {
 // Touch screens have no hover: there a tap, which is a click, does it all.
 // Between two words the first stays highlighted, or the picture would flicker.
 const isMouse = event => event.pointerType === 'mouse';
-$('caption').addEventListener('pointerover', event => { if (isMouse(event) && wordAt(event) >= 0) point(wordAt(event)); });
+$('caption').addEventListener('pointerover', event => {
+  if (isMouse(event) && wordAt(event) >= 0) point(wordAt(event));
+});
 $('caption').addEventListener('pointerleave', event => { if (isMouse(event)) point(-1); });
 $('caption').addEventListener('focusin', event => {
   if (event.target.matches('.word:focus-visible')) point(wordAt(event));
@@ -185,7 +187,8 @@ $('caption').addEventListener('click', event => {
 $('caption').addEventListener('keydown', event => {
   const words = wordElements(), index = wordAt(event);
   const next = {
-    ArrowRight: index + 1, ArrowDown: index + 1, ArrowLeft: index - 1, ArrowUp: index - 1, Home: 0, End: words.length - 1,
+    ArrowRight: index + 1, ArrowDown: index + 1, ArrowLeft: index - 1, ArrowUp: index - 1, Home: 0,
+    End: words.length - 1,
   }[event.key];
   if (index < 0 || next === undefined || !words[next]) return;
   event.preventDefault();

@@ -53,7 +53,7 @@ let written = null;  // the captions that the page shows
 function show() {
   const entry = current, { state, problem } = entry;
   document.body.classList.add('working');
-  $('stage').hidden = false;
+  $('stage').hidden = Boolean(problem) && entry.isPrepared && !entry.source;  // there is nothing to see
   showPicture(entry);
   showSettings();
   $('caption').hidden = Boolean(problem);
@@ -155,7 +155,8 @@ function receiveTransfer(transfer) {
   if (file) return take([file]);
   if (!text) return notify('There was no picture in that. Copy the picture itself and paste it, or choose its file.');
   notify(/^(?:[a-z][\w+.-]*:\/\/|www\.)\S+$/i.test(text)
-    ? 'That was a link, not a picture, and this page opens no links. Copy the picture itself and paste it, or save it and choose its file.'
+    ? 'That was a link, not a picture, and this page opens no links. '
+      + 'Copy the picture itself and paste it, or save it and choose its file.'
     : 'That was text, not a picture. Copy a picture and paste it, or choose its file.');
 }
 
