@@ -132,7 +132,8 @@ function showRegion(attention, cell, words) {
     element.style.setProperty('--share', (lifts[i] / Math.max(4, most)).toFixed(3));
   });
   const order = lifts.map((_, i) => i).sort((a, b) => lifts[b] - lifts[a]);
-  const named = order.filter(i => lifts[i] >= Math.max(1.1, most / 2)).slice(0, 3).map(i => `“${words[i].textContent}”`);
+  const strongest = order.filter(i => lifts[i] >= Math.max(1.1, most / 2)).slice(0, 3);
+  const named = strongest.map(i => `“${words[i].textContent}”`);
   const list = [named.slice(0, -1).join(', '), named.at(-1)].filter(Boolean).join(' and ');
   const place = placeOf(x + width / 2, y + height / 2).replace(/^./, letter => letter.toUpperCase());
   $('legend').textContent = `${place} · ${list ? `most looked at for ${list}` : 'no word looked here in particular'}`;

@@ -10,7 +10,8 @@ function wordsOf({ generated_text: text, words }) {
 }
 
 // The elements that `dress` makes of the words, with spaces between them.
-const spaced = (words, dress) => words.flatMap((word, i) => i && parted(word) ? [' ', dress(word, i)] : [dress(word, i)]);
+const spaced = (words, dress) =>
+  words.flatMap((word, i) => i && parted(word) ? [' ', dress(word, i)] : [dress(word, i)]);
 
 function write(words, attention = null, fresh = true) {
   const old = $('caption').classList.contains('waiting') ? 0 : $('caption').querySelectorAll('.word').length;
@@ -54,7 +55,8 @@ function differing(words, others) {
   const lengths = Array.from({ length: words.length + 1 }, () => new Array(others.length + 1).fill(0));
   for (let i = words.length - 1; i >= 0; i--) {
     for (let k = others.length - 1; k >= 0; k--) {
-      lengths[i][k] = words[i] === others[k] ? 1 + lengths[i + 1][k + 1] : Math.max(lengths[i + 1][k], lengths[i][k + 1]);
+      lengths[i][k] = words[i] === others[k]
+        ? 1 + lengths[i + 1][k + 1] : Math.max(lengths[i + 1][k], lengths[i][k + 1]);
     }
   }
   const differs = new Array(words.length).fill(true);

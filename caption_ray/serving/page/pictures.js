@@ -53,6 +53,7 @@ let written = null;  // the captions that the page shows
 function show() {
   const entry = current, { state, problem } = entry;
   document.body.classList.add('working');
+  $('result').setAttribute('aria-label', 'Caption');  // a landmark, now that there is something in it
   $('stage').hidden = Boolean(problem) && entry.isPrepared && !entry.source;  // there is nothing to see
   showPicture(entry);
   showSettings();
