@@ -150,6 +150,16 @@ def test_what_the_browser_cannot_read_the_server_may(
         expect(visitor.page.get_by_text("This browser cannot show")).to_be_visible()
 
 
+def test_a_large_picture_that_is_damaged_is_told_and_not_completed(
+    serve: Serve, visit: Visit
+) -> None:
+    """Browsers show what there is of it, and leave the rest grey."""
+    visitor = visit(serve(max_body_bytes=10**7, max_buffered_bytes=10**8))
+    whole = encoded(blocks(3, 5, 500), "JPEG", quality=40)
+    visitor.choose(whole[: len(whole) // 2])
+    visitor.is_told("This picture cannot be read", "damaged")
+
+
 # Several pictures -----------------------------------------------------------------------------
 
 
@@ -227,11 +237,15 @@ def test_all_pictures_that_wait_for_a_token_are_captioned_with_it(
     visitor = visit(serve(tokens_file=str(tmp_path / "tokens")))
     visitor.choose_all({f"{seed}.jpg": visitor.picture(seed) for seed in (0, 2)})
     visitor.is_told("This endpoint asks for a token")
+    visitor.tiles.nth(1).click()  # which the server is asked for, and refuses, too
+    expect(visitor.tiles.nth(1)).to_have_attribute("data-state", "failed")
+    visitor.is_told("This endpoint asks for a token")
     visitor.page.get_by_label("Access token").fill("the-right-token-of-today")
     visitor.page.keyboard.press("Enter")
-    visitor.sees(0)
-    visitor.tiles.nth(1).click()
     visitor.sees(2)
+    expect(visitor.tiles.first).to_have_attribute("data-state", "done")
+    visitor.tiles.first.click()
+    visitor.sees(0)
 
 
 def test_the_strip_is_the_history_of_this_visit_only(

@@ -1,12 +1,12 @@
 'use strict';
 // Sending pictures: one after the other, except that the one shown never waits for the others.
 
-let isLocked = false;  // until a token is entered, none needs to be sent
+let isLocked = false;  // until a token is entered, the others need not be sent
 let infoIsKnown = Promise.resolve();  // or known to be out of reach
 
 function sendNext() {
-  if (isLocked) return;
   if (current?.state === 'waiting' && !current.due) return caption(current);
+  if (isLocked) return;
   // One that a busy server told to come back later keeps the others waiting, too.
   if (entries.some(entry => entry.state === 'working' || entry.due)) return;
   const next = entries.find(entry => entry.state === 'waiting');
@@ -61,11 +61,11 @@ function fail(entry, problem) {
 
 // To the result, if the user has not gone elsewhere meanwhile.
 function moveFocus(entry) {
-  const wanted = entry.wantsFocus;
+  if (!entry.wantsFocus || entry.state !== 'done') return;
   entry.wantsFocus = false;
   const from = document.activeElement;
   const isElsewhere = from !== document.body && !from.closest('#pick, #examples, #token-form, #retry, #another');
-  if (wanted && entry.state === 'done' && !isElsewhere) $('caption').focus({ preventScroll: true });
+  if (!isElsewhere) $('caption').focus({ preventScroll: true });
 }
 
 async function receive(entry, signal) {

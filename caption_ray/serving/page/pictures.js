@@ -129,7 +129,7 @@ for (const input of [$('file'), $('camera')]) {
 }
 
 addEventListener('paste', event => {
-  if (event.target.closest?.('input')) return;
+  if (event.target === $('token')) return;
   receiveTransfer(event.clipboardData);
 });
 for (const kind of ['dragenter', 'dragover']) {

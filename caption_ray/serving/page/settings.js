@@ -27,9 +27,13 @@ function parametersOf(settings) {
 
 const controls = ['beams', 'temperature', 'words'];
 
+let applied = [];
+
 function showSettings() {
   $('settings').hidden = !info;
-  if (!info) return;
+  // A control that is being moved must not be moved back by an answer that arrives.
+  if (!info || applied[0] === info && applied[1] === settings) return;
+  applied = [info, settings];
   const { max_beams: beams = 10, max_new_tokens: words = 50 } = info.limits ?? {};
   Object.assign($('beams'), { max: beams, disabled: isSampling(settings) });
   Object.assign($('words'), { min: Math.max(1, info.search?.min_length ?? 1), max: words });
