@@ -289,7 +289,8 @@ def test_a_link_or_text_gets_an_answer_in_words(
         (lambda: paste(visitor, "data:text/html,<b>hello"), "That was"),
     ]
     for act, told in acts:
-        visitor.page.locator("#notice").evaluate("notice => { notice.textContent = ''; }")
+        visitor.page.keyboard.press("Escape")
+        expect(visitor.notice).to_be_empty()
         act()
         expect(visitor.notice).to_contain_text(told)
         expect(visitor.notice).to_contain_text(re.compile("Copy .* and paste it, or .* its file"))

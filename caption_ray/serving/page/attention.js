@@ -226,6 +226,7 @@ $('frame').addEventListener('keydown', event => {
 });
 addEventListener('keydown', event => {
   if (event.key !== 'Escape') return;
+  notify('');
   lookAway();
   look();
 });

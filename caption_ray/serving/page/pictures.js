@@ -6,7 +6,6 @@ let preparing = Promise.resolve();  // one after the other, as large photos take
 // Takes picture files; the first of them is shown.
 function take(files) {
   if (!files.length) return;
-  notify('');
   const added = files.map(file => {
     const entry = {
       file, name: file.name || 'picture.jpg', settings, state: 'waiting', problem: null, due: 0, timer: 0,
@@ -27,6 +26,7 @@ function take(files) {
 }
 
 function select(entry) {
+  notify('');
   current = entry;
   settings = entry.settings;
   for (const { tile } of entries) tile.setAttribute('aria-current', tile === entry.tile);
