@@ -1,34 +1,26 @@
-"""The HTTP application, on any `Backend`: tokens, probes, documentation and the page.
+"""The HTTP application, on any `Backend`: tokens, probes and documentation.
 
 ingress.py builds it. caption_api.py (Hugging Face's clients, curl, the page) and chat_api.py
-(OpenAI's clients) add the routes that caption; errors.py has the form of error answers.
+(OpenAI's clients) add the routes that caption, page/ the page; errors.py has the form of error
+answers.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import logging
-import re
 from functools import partial
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi_offline import FastAPIOffline
-from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from caption_ray import storage
-from caption_ray.data import shapes, transforms
-from caption_ray.serving import api_document, caption_api, chat_api
+from caption_ray.serving import api_document, caption_api, chat_api, page
 from caption_ray.serving.auth import Tokens
 from caption_ray.serving.contract import Backend
 from caption_ray.serving.errors import Family, Refusal, documented, refuse_field
@@ -36,9 +28,6 @@ from caption_ray.serving.service import Service, Settings, header, unforeseen
 
 OPEN_PATHS = ("/livez", "/readyz", "/", "/docs", "/openapi.json", "/static-offline-docs")
 """Paths that can be read without a token: the probes, the page and the documentation."""
-
-MAX_EXAMPLES = 4
-"""Most example pictures that the page shows."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -136,78 +125,10 @@ def build_http(backend: Backend, settings: Settings) -> FastAPI:
             swagger_favicon_url=f"{folder}/favicon.png",
         )
 
-    _add_page(app, settings.examples)
+    page.add(app, settings.examples)
     schemas = [*caption_api.add(app, service), *chat_api.add(app, service)]
     app.openapi = partial(api_document.describe, app, schemas, tokens.required)  # type: ignore[method-assign]
     return app
-
-
-# The page -------------------------------------------------------------------------------------
-
-
-def _add_page(app: FastAPI, examples: str | None) -> None:
-    html = (Path(__file__).parent / "page" / "index.html").read_text()
-    policy = _content_security_policy(html)
-    pictures = _drawn_scenes() if examples is None else _pictures_in(examples)
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
-        return Response(html, media_type="text/html", headers=headers)
-
-    @app.get("/examples", include_in_schema=False)
-    async def list_examples() -> dict[str, list[dict[str, str]]]:
-        return {"examples": [{"name": name, "url": f"examples/{quote(name)}"} for name in pictures]}
-
-    @app.get("/examples/{name}", include_in_schema=False)
-    async def example(name: str) -> Response:
-        if name not in pictures:
-            raise HTTPException(404)
-        kind = Image.MIME.get(str(Image.open(io.BytesIO(pictures[name])).format))
-        return Response(pictures[name], media_type=kind)
-
-
-def _content_security_policy(html: str) -> str:
-    """A policy that allows only the page's own style and script, and requests to this server."""
-
-    def digests(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in found)
-        return " ".join(f"'sha256-{digest.decode()}'" for digest in hashes)
-
-    return (
-        f"default-src 'none'; style-src {digests('style')}; script-src {digests('script')}; "
-        "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
-
-
-def _drawn_scenes() -> dict[str, bytes]:
-    """Scenes of the embedded data set: PNG bytes by name. The README asks for scene-1.png."""
-    pictures = {}
-    for number in range(MAX_EXAMPLES):
-        buffer = io.BytesIO()
-        shapes.draw(shapes.scene("val", number, seed=0)).save(buffer, "PNG")
-        pictures[f"scene-{number + 1}.png"] = buffer.getvalue()
-    return pictures
-
-
-def _pictures_in(folder: str) -> dict[str, bytes]:
-    """The first pictures in a folder or bucket prefix: their bytes by name. Raises ValueError."""
-    uri = storage.resolve(folder)
-    pictures = {}
-    try:
-        for file in storage.list_files(uri)[:MAX_EXAMPLES]:
-            data = storage.read_bytes(file)
-            transforms.image_size(data)
-            pictures[storage.name(file)] = data
-    except transforms.ImageError as error:
-        raise ValueError(f"examples is {folder!r}: {file} is not a picture: {error}") from error
-    except OSError as error:
-        raise ValueError(f"examples is {folder!r}: {error}") from error
-    if not pictures:
-        raise ValueError(f"examples is {folder!r}: there are no files; name a folder of pictures")
-    return pictures
 
 
 # Middleware -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -41,6 +42,9 @@ from caption_ray.training.worker import Assignment, work
 
 MOST_CUT = 0.01
 """Share of training captions that may be cut at `data.caption_length` without a word about it."""
+
+CONTROLLER_ATTEMPTS = 5
+"""How often Ray Train's controller is started before a run ends because it dies."""
 
 
 class RunError(RuntimeError):
@@ -240,9 +244,7 @@ def _fit(
     before = run_folder.latest_step(run)
     complete, failed = False, None
     try:
-        complete = console.call_until_told_to_stop(
-            trainer.fit, shown.stop, lost, shown.failure
-        ).return_value
+        complete = _call_fit(trainer, lost, shown).return_value
     except (TrainingFailedError, console.LeftAloneError) as error:
         failed = error
     reason = shown.failure()  # first, since the reason may be that storage cannot be read
@@ -262,6 +264,23 @@ def _fit(
             f"command with --run.name {storage.name(run)} goes on"
         )
     return complete
+
+
+def _call_fit(
+    trainer: TorchTrainer, lost: threading.Event, shown: console.Console
+) -> ray.train.Result:
+    """`trainer.fit()`, again if Ray Train's controller dies: when it starts it looks into storage,
+    where a single "too many requests" ends it, since Ray does not ask again."""
+    for attempts_left in reversed(range(CONTROLLER_ATTEMPTS)):
+        try:
+            return console.call_until_told_to_stop(trainer.fit, shown.stop, lost, shown.failure)
+        except ray.exceptions.RayActorError as error:
+            reason = str(error).strip().splitlines()[-1]
+            if not attempts_left:
+                raise RunError(f"Ray Train's controller died: {reason}") from error
+            shown.say(f"Ray Train's controller died ({reason}): starting it again")
+            time.sleep(1)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _start(config: Config) -> Loaded | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from page_visitor import browser, serve, visit, visitor  # noqa: F401
 from serving_fixtures import (  # noqa: F401
     backend,
     captions,
