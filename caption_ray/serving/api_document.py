@@ -38,6 +38,13 @@ TAGS = [
 ]
 
 
+EXAMPLE_PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4"
+    "2mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+"""A PNG of one pixel in base64: with it the requests that /docs shows can be tried."""
+
+
 def describe(app: FastAPI, schemas: list[type[BaseModel]], tokens: bool) -> dict[str, Any]:
     """FastAPI's document, plus the schemas of the bodies that the APIs parse themselves. `tokens`:
     whether requests need one."""

@@ -23,6 +23,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from caption_ray import storage
 from caption_ray.config import SMALLEST, Count
 from caption_ray.serving import sse
+from caption_ray.serving.api_document import EXAMPLE_PICTURE
 from caption_ray.serving.contract import (
     MAX_BEAMS,
     MAX_LENGTH,
@@ -39,13 +40,6 @@ MAX_SEED = 2**63 - 1
 JAVASCRIPT_CLIENT = "@huggingface/inference"
 """How the User-Agent of Hugging Face's client for JavaScript begins: its imageToText fails on a
 list. (In browsers it cannot say so, and needs `?format=object`.)"""
-
-
-EXAMPLE = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4"
-    "2mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
-)
-"""A picture of one pixel, a PNG in base64: with it the requests that /docs shows can be tried."""
 
 
 class Generation(Strict):
@@ -161,7 +155,7 @@ class CaptionRequest(Strict):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"inputs": EXAMPLE, "parameters": {"num_return_sequences": 3}}]
+            "examples": [{"inputs": EXAMPLE_PICTURE, "parameters": {"num_return_sequences": 3}}]
         },
     )
 

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from caption_ray.config import SMALLEST
 from caption_ray.serving import sse
+from caption_ray.serving.api_document import EXAMPLE_PICTURE
 from caption_ray.serving.budget import Share
-from caption_ray.serving.caption_api import EXAMPLE, MAX_SEED, decode_base64
+from caption_ray.serving.caption_api import MAX_SEED, decode_base64
 from caption_ray.serving.contract import MAX_LENGTH, MAX_RETURN, Answer, NextWords, Options
 from caption_ray.serving.conversation import UpToStop, picture_urls
 from caption_ray.serving.errors import Refusal, Strict, documented, read_json
@@ -114,7 +115,9 @@ class ChatRequest(Strict):
                                 {"type": "text", "text": "What is this?"},
                                 {
                                     "type": "image_url",
-                                    "image_url": {"url": f"data:image/png;base64,{EXAMPLE}"},
+                                    "image_url": {
+                                        "url": f"data:image/png;base64,{EXAMPLE_PICTURE}"
+                                    },
                                 },
                             ],
                         }
