@@ -307,7 +307,7 @@ def assert_read_once(port: int, form: str, statuses: list[int], picture: bytes) 
     answer = exchange(port, filled, len(statuses))
     assert statuses_of(answer) == statuses, answer[:2000]
     assert b'"object":"list"' not in answer, "the request in a body was answered"
-    assert len(answer) < 50_000, "what was sent is not sent back"
+    assert b"a" * 200 not in answer, "a long request id is not sent back"
     if BODY in b"".join(pieces) or CHUNKS in b"".join(pieces):
         assert (b"generated_text" in answer) == (200 in statuses)
 
