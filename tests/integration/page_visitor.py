@@ -5,6 +5,7 @@ If $CAPTION_RAY_SCREENSHOTS names a folder, pictures of the page are saved there
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -202,3 +203,15 @@ def visit(browser: Browser, picture: Callable[..., bytes], predictor: Predictor)
 @pytest.fixture
 def visitor(serve: Serve, visit: Visit) -> Visitor:
     return visit(serve())
+
+
+def let_it_look(backend: Any, looks: np.ndarray) -> None:
+    """Have the backend look like this, (words, rows, columns), at the square in the middle of each
+    picture, whatever is in it."""
+    predictor = backend.predictor = copy.copy(backend.predictor)
+    predictor.encoder_config = dataclasses.replace(predictor.encoder_config, image_fit="crop")
+    predict = predictor.predict
+    predictor.predict = lambda *asked: [
+        [dataclasses.replace(caption, attention=looks) for caption in captions]
+        for captions in predict(*asked)
+    ]

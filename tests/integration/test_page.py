@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import dataclasses
 import math
 import re
 import threading
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from page_visitor import NO_PICTURE, REQUEST_ID, Serve, Visit, Visitor
+from page_visitor import NO_PICTURE, REQUEST_ID, Serve, Visit, Visitor, let_it_look
 from playwright.sync_api import expect
 
 from caption_ray.captioning.predictor import Predictor
@@ -135,13 +134,7 @@ def test_the_heat_map_lies_on_what_the_model_saw(visitor: Visitor, backend: Any)
     looks = np.full((6, 3, 5), 0.01, np.float32)
     for look, peak in zip(looks, peaks, strict=False):
         look[peak] = 0.86
-    predictor = backend.predictor = copy.copy(backend.predictor)
-    predictor.encoder_config = dataclasses.replace(predictor.encoder_config, image_fit="crop")
-    predict = predictor.predict
-    predictor.predict = lambda *asked: [
-        [dataclasses.replace(caption, attention=looks) for caption in captions]
-        for captions in predict(*asked)
-    ]
+    let_it_look(backend, looks)
     visitor.choose(2)
     for index, place in enumerate(peaks.values()):
         visitor.words.nth(index).hover()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from page_visitor import Serve, Visit, Visitor
+from page_visitor import Serve, Visit, Visitor, let_it_look
 from playwright.sync_api import expect
 
 from caption_ray.data.vocabulary import Vocabulary
@@ -37,13 +37,7 @@ def looks(backend: Any) -> Any:
     looks = np.full((6, 3, 5), 0.01, np.float32)
     for word, cell in enumerate([(0, 4), (2, 0), (1, 2), (1, 2), (0, 2)]):
         looks[word][cell] = 0.86 - 0.2 * (word == 3)
-    predictor = backend.predictor = copy.copy(backend.predictor)
-    predictor.encoder_config = dataclasses.replace(predictor.encoder_config, image_fit="crop")
-    predict = predictor.predict
-    predictor.predict = lambda *asked: [
-        [dataclasses.replace(caption, attention=looks) for caption in captions]
-        for captions in predict(*asked)
-    ]
+    let_it_look(backend, looks)
     return looks
 
 
