@@ -37,6 +37,14 @@ def coco_mini() -> Path:
 
 
 @pytest.fixture(scope="session")
+def pretrained_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet weights of `timm/tf_efficientnet_lite0`: a .safetensors file."""
+    import pretrained
+
+    return pretrained.convert(tmp_path_factory.mktemp("pretrained") / "lite0.safetensors")
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """A local Ray of four (logical) CPUs and no GPU, shared by all tests that need one."""
     import ray

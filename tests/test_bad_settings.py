@@ -337,7 +337,7 @@ def test_what_is_no_number_of_gpus_is_refused_by_the_variables_name(value, monke
     ("arguments", "message"),
     [
         ("train --model.decoder.name lstm", "--model.decoder.name is 'lstm': give one of soft, "),
-        ("train --model.encoder.name vgg", "--model.encoder.name is 'vgg': give 'small' or one"),
+        ("train --model.encoder.name vgg", "--model.encoder.name is 'vgg': give 'small', one"),
         ("train --model.encoder.trainable-from x", "--model.encoder.trainable-from is 'x': for sm"),
         (
             "train --model.encoder.weights DEFAULT",
@@ -350,7 +350,7 @@ def test_what_is_no_number_of_gpus_is_refused_by_the_variables_name(value, monke
         ("train coco-self-critical", "--train.stage is 'self-critical': "),
         ("train --data.features on", "--data.features is 'on', but the encoder trains"),
         ("ingest --features --encoder.weights none", "--encoder.weights is 'none': no run could"),
-        ("ingest --features --encoder.name vgg", "--encoder.name is 'vgg': give 'small' or one of"),
+        ("ingest --features --encoder.name vgg", "--encoder.name is 'vgg': give 'small', one of"),
         ("ingest --images-per-shard 0", "--images-per-shard is 0: give a whole number of at least"),
         ("ingest --splits", "--splits is (): give a name, or several"),
         ("ingest --seed -1", "--seed is -1: give a whole number of at least 0"),

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from caption_ray import storage
 from caption_ray.config import ModelConfig, SearchConfig, from_dict, to_dict
+from caption_ray.data.transforms import mode_of
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner, build_captioner
 from caption_ray.model.ensemble import Ensemble
@@ -245,6 +246,8 @@ def _require_same(one: Loaded, other: Loaded) -> None:
             "the vocabulary": one.vocabulary == other.vocabulary,
             f"image_size ({a.image_size} and {b.image_size})": a.image_size == b.image_size,
             f"image_fit ({a.image_fit} and {b.image_fit})": a.image_fit == b.image_fit,
+            f"interpolation ({a.interpolation} and {b.interpolation})": mode_of(a.interpolation)
+            == mode_of(b.interpolation),
         }.items()
         if not same
     ]
@@ -288,8 +291,16 @@ def differences(one: ModelConfig, other: ModelConfig) -> str:
     """Settings in which two captioners differ so that one cannot have the other's weights, as
     "encoder.name resnet101 != resnet50"; empty if it can."""
     free = {
-        "encoder": {"weights", "trainable_from", "batch_norm", "image_fit"},
-        "decoder": {"dropout"},
+        "encoder": {
+            "weights",
+            "trainable_from",
+            "batch_norm",
+            "drop_path",
+            "image_size",
+            "image_fit",
+            "interpolation",
+        },
+        "decoder": {"dropout", "encoder_dropout"},
     }
     found = [
         f"{part}.{name} {value!r} != {to_dict(other)[part][name]!r}"

@@ -284,5 +284,5 @@ def prepare_with_box(data: bytes, encoder: EncoderConfig) -> tuple[Images, Box]:
     picture = transforms.Picture(data)
     box = transforms.visible(*picture.shape, encoder.image_fit)
     window = transforms.fitting(*picture.shape, encoder.image_fit)
-    square = picture.squeeze(window, encoder.image_size)
+    square = picture.squeeze(window, encoder.image_size, encoder.interpolation)
     return np.ascontiguousarray(square), box

@@ -25,6 +25,7 @@ from caption_ray.config.bounds import (
     from_environment,
     require,
 )
+from caption_ray.config.model import DecoderConfig, EncoderConfig, ModelConfig
 from caption_ray.config.parsing import from_dict, parse, parse_arguments, to_dict
 from caption_ray.config.presets import (
     DEFAULT_PRESET,
@@ -41,9 +42,6 @@ from caption_ray.config.settings import (
     STORAGE_VARIABLE,
     Config,
     DataConfig,
-    DecoderConfig,
-    EncoderConfig,
-    ModelConfig,
     RunConfig,
     TokenizerName,
     TrainConfig,

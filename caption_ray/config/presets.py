@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from caption_ray.config.model import DecoderConfig, EncoderConfig, ModelConfig
 from caption_ray.config.search import SearchConfig
 from caption_ray.config.settings import (
     Config,
     DataConfig,
-    DecoderConfig,
-    EncoderConfig,
-    ModelConfig,
     TrainConfig,
 )
 

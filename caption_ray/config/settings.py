@@ -12,7 +12,6 @@ from caption_ray.config.bounds import (
     CountOrZero,
     CPUs,
     GPUs,
-    Name,
     Parallel,
     Positive,
     PositiveOrZero,
@@ -23,13 +22,12 @@ from caption_ray.config.bounds import (
     Share,
     ShareAboveZero,
     ShareBelowOne,
-    Size,
     Uri,
-    Weights,
     check,
     from_environment,
     require,
 )
+from caption_ray.config.model import ModelConfig
 from caption_ray.config.search import SearchConfig, check_lengths
 
 TokenizerName: TypeAlias = Literal["ptb", "whitespace", "characters"]
@@ -118,98 +116,6 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True)
-class EncoderConfig(Section):
-    """From pixels to a grid of regions."""
-
-    name: Name = "resnet101"
-    """Any torchvision classification backbone, or `small`: a compact one to train from scratch."""
-
-    weights: Weights = "DEFAULT"
-    """One of torchvision's names for the backbone's weights (`DEFAULT`, `IMAGENET1K_V1`, ...), the
-    URI of a state dict (.pth or .safetensors), or `none` for random weights. A backbone with random
-    weights that trains at all trains as a whole, including its batch-norm statistics."""
-
-    trainable_from: Name = "none"
-    """Fine-tune the backbone from this stage on (`layer3`, `features.5`, ...); `none` freezes the
-    whole backbone, `all` trains it."""
-
-    batch_norm: Literal["frozen", "train"] = "frozen"
-    """Batch-norm statistics of the trainable stages: keep those of the weights, or learn them.
-    Frozen stages always keep theirs."""
-
-    image_size: Size = 256
-    """Height and width, in pixels, of the backbone's input."""
-
-    image_fit: Literal["stretch", "crop"] = "stretch"
-    """How a picture becomes square outside training: stretched, or cropped to its centre."""
-
-    grid: Size | None = None
-    """Pool the feature map to grid x grid regions; None keeps the backbone's own grid."""
-
-
-@dataclass(frozen=True)
-class DecoderConfig(Section):
-    """From regions to words."""
-
-    name: Name = "soft"
-    """Which decoder: `soft` (Show, Attend and Tell), `adaptive` (soft attention with a sentinel, so
-    that a word may rely on the words before it alone; Lu et al. 2017) or `transformer`. The
-    settings below name the decoders that they are for."""
-
-    cell: Literal["lstm", "gru"] = "lstm"
-    """Recurrent cell (soft)."""
-
-    embedding_dim: Size = 512
-    """Size of the word embeddings (soft, adaptive)."""
-
-    hidden_dim: Size = 512
-    """Size of the recurrent state, or the width of the transformer."""
-
-    attention_dim: Size = 512
-    """Size of the space in which attention compares regions with the state (soft, adaptive)."""
-
-    num_layers: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Number of layers (transformer)."""
-
-    num_heads: Size = 8
-    """Attention heads in each layer; must divide `hidden_dim` (transformer)."""
-
-    feedforward_dim: Size = 2048
-    """Inner size of the feed-forward part of each layer (transformer)."""
-
-    region_dim: Size | None = None
-    """Project regions to this size, followed by a ReLU, before attention; None leaves them as the
-    encoder gives them (soft; the others project to `hidden_dim`)."""
-
-    initial_state: Literal["mean", "zeros"] = "mean"
-    """First recurrent state: computed from the mean region, or zeros (soft)."""
-
-    gate: bool = True
-    """Scale the attended region by a learnt gate (soft; Show, Attend and Tell, section 4.2.1)."""
-
-    output: Literal["deep", "mlp"] = "deep"
-    """Compute logits from embedding, state and attended region (deep output), or from the state
-    alone through one hidden layer (soft)."""
-
-    dropout: ShareBelowOne = 0.5
-    """Dropout on embeddings and before the logits."""
-
-    tie_embeddings: bool = False
-    """Share the weights of the word embeddings with the output layer (soft)."""
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    """The captioner: all that a checkpoint needs to be rebuilt."""
-
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """From pixels to regions."""
-
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """From regions to words."""
-
-
-@dataclass(frozen=True)
 class TrainConfig(Section):
     """The training loop."""
 
@@ -236,6 +142,14 @@ class TrainConfig(Section):
 
     encoder_learning_rate: PositiveOrZero = 1e-4
     """Peak learning rate of the trainable part of the encoder."""
+
+    encoder_layer_decay: ShareAboveZero = 1.0
+    """Factor by which that rate falls from each layer of the encoder to the one before it (timm's
+    models; 0.65 to 0.9 is usual for vision transformers)."""
+
+    gradient_checkpointing: bool = False
+    """Compute the encoder's activations anew in the backward pass instead of keeping them: less
+    memory, about a third more time (timm's models)."""
 
     weight_decay: PositiveOrZero = 0.0
     """Decoupled weight decay (AdamW), on matrices only."""
@@ -410,6 +324,17 @@ def _check_together(config: Config) -> None:
         data.source,
         f"give it or --data.shards ({data.shards!r}), not both",
     )
+    for option, value, plain in (
+        ("model.encoder.drop-path", config.model.encoder.drop_path, 0.0),
+        ("train.encoder-layer-decay", train.encoder_layer_decay, 1.0),
+        ("train.gradient-checkpointing", train.gradient_checkpointing, False),
+    ):
+        require(
+            value == plain or config.model.encoder.name.startswith("timm/"),
+            option,
+            value,
+            f"it needs a model of timm (--model.encoder.name timm/NAME): give {plain}",
+        )
     require(
         not (decoder.tie_embeddings and decoder.output == "mlp"),
         "model.decoder.tie-embeddings",

@@ -116,7 +116,7 @@ def squares_on(
     leaves to the decoder. Whatever is not an upright JPEG in colour or grey is decoded by this
     thread on the CPU instead; so is, with a warning, a batch that the device's decoder refuses.
     """
-    size = prepare.encoder.image_size
+    size, how = prepare.encoder.image_size, prepare.encoder.interpolation
     places, pictures, windows = [], [], []
     for i, picture in enumerate(encoded):
         data = picture.as_py()
@@ -128,7 +128,9 @@ def squares_on(
     with _own_stream(device):
         squares = torch.empty((len(encoded), size, size, 3), dtype=torch.uint8, device=device)
         try:
-            for i, square in zip(places, _decode(device, pictures, windows, size), strict=True):
+            for i, square in zip(
+                places, _decode(device, pictures, windows, size, how), strict=True
+            ):
                 squares[i] = square
         except torch.OutOfMemoryError:
             raise
@@ -155,7 +157,11 @@ def _upright_jpeg_shape(data: bytes | None) -> tuple[int, int] | None:
 
 
 def _decode(
-    device: torch.device, pictures: Sequence[bytes], windows: Sequence[Window], size: int
+    device: torch.device,
+    pictures: Sequence[bytes],
+    windows: Sequence[Window],
+    size: int,
+    how: transforms.Interpolation,
 ) -> list[Tensor]:
     """What the windows show of the JPEGs: uint8 (S, S, 3) each."""
     if not pictures:
@@ -165,19 +171,19 @@ def _decode(
 
     encoded = [torch.tensor(np.frombuffer(picture, np.uint8)) for picture in pictures]
     decoded = decode_jpeg(encoded, ImageReadMode.RGB, device)
-    return [_squeeze(*each, size) for each in zip(decoded, windows, strict=True)]
+    return [_squeeze(*each, size, how) for each in zip(decoded, windows, strict=True)]
 
 
-def _squeeze(image: Tensor, window: Window, size: int) -> Tensor:
+def _squeeze(image: Tensor, window: Window, size: int, how: transforms.Interpolation) -> Tensor:
     """What `transforms.squeeze` does, of a picture (3, H, W)."""
     top, left, height, width, is_mirrored = window
     part = image[:, top : top + height, left : left + width]
     if (height, width) != (size, size):
         # in floating point, because only CPUs have a kernel for uint8
         part = torch.nn.functional.interpolate(
-            part[None].float(), (size, size), mode="bilinear", antialias=True
+            part[None].float(), (size, size), mode=transforms.mode_of(how), antialias=True
         )[0]
-        part = part.round().to(torch.uint8)
+        part = part.round().clamp(0, 255).to(torch.uint8)  # bicubic overshoots
     if is_mirrored:
         part = part.flip(-1)
     return part.permute(1, 2, 0)

@@ -84,7 +84,7 @@ class Preparation:
     def _decode(self, data: bytes, prepared: dict[str, Any]) -> NDArray[np.uint8]:
         picture = transforms.Picture(data)
         window = self.window(*picture.shape, prepared["number"], prepared["flip"])
-        return picture.squeeze(window, self.encoder.image_size)
+        return picture.squeeze(window, self.encoder.image_size, self.encoder.interpolation)
 
     def window(self, height: int, width: int, number: int, flip: bool) -> Window:
         """The part of a picture of `height` x `width` that is shown; every call gives the same.

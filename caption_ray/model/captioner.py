@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from caption_ray.config import DecoderConfig, ModelConfig
+from caption_ray.model import timm_backbones
 from caption_ray.model.adaptive import AdaptiveAttentionDecoder
 from caption_ray.model.decoder import (
     END,
@@ -26,12 +27,15 @@ from caption_ray.model.decoder import (
     places_of,
 )
 from caption_ray.model.encoder import Encoder, build_encoder
+from caption_ray.model.refiner import Refiner, build_refiner
 from caption_ray.model.soft import SoftAttentionDecoder
 from caption_ray.model.transformer import TransformerDecoder
+from caption_ray.model.updown import TopDownDecoder
 
 DECODERS: dict[str, Callable[[DecoderConfig, int, int], Decoder]] = {
     "soft": SoftAttentionDecoder,
     "adaptive": AdaptiveAttentionDecoder,
+    "updown": TopDownDecoder,
     "transformer": TransformerDecoder,
 }
 """The decoders by name. To add one, write its module and a line here: training and search know only
@@ -41,9 +45,10 @@ the interface `Decoder`."""
 class Captioner(nn.Module):
     """From pictures to words."""
 
-    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder, refiner: Refiner | None = None) -> None:
         super().__init__()
         self.encoder = encoder
+        self.refiner = refiner
         self.decoder = decoder
 
     def encode(self, images: Tensor) -> Tensor:
@@ -55,6 +60,10 @@ class Captioner(nn.Module):
             return images.to(torch.get_autocast_dtype(kind) if is_mixed else torch.float32)
         regions: Tensor = self.encoder(images)
         return regions
+
+    def refine(self, regions: Tensor) -> Tensor:
+        """What the decoder attends to, (B, N, D), of regions (B, N, E)."""
+        return regions if self.refiner is None else self.refiner(regions)
 
     def forward(
         self,
@@ -69,7 +78,7 @@ class Captioner(nn.Module):
         own_words: share of those words that are replaced by samples of the model's predictions
         (scheduled sampling). num_words: as for Decoder.forward.
         """
-        regions = self.encode(images)
+        regions = self.refine(self.encode(images))
         if own_words > 0:
             tokens = self._with_own_words(regions, tokens, own_words, num_words)
         output: DecoderOutput = self.decoder(regions, tokens, num_words)
@@ -99,7 +108,7 @@ class Captioner(nn.Module):
     def begin(self, images: Tensor, k: int) -> tuple[StepFn, State]:
         """What a search starts from: the step function for images, as `encode` takes them, and the
         initial state of K sequences per image."""
-        memory = self.decoder.prepare(self.encode(images))
+        memory = self.decoder.prepare(self.refine(self.encode(images)))
         return BoundStep(self.decoder.step, memory), self.decoder.initial_state(memory, k)
 
     @property
@@ -108,12 +117,29 @@ class Captioner(nn.Module):
         return self.encoder.grid
 
     def parameter_groups(
-        self, learning_rate: float, encoder_learning_rate: float, weight_decay: float
+        self,
+        learning_rate: float,
+        encoder_learning_rate: float,
+        weight_decay: float,
+        encoder_layer_decay: float = 1.0,
     ) -> list[dict[str, Any]]:
-        """Parameter groups for a torch optimizer: each part has its learning rate; weight decay is
-        on matrices only (no biases, norms and scales); frozen parameters are left out."""
+        """Parameter groups for a torch optimizer: each part has its learning rate, which in the
+        encoder falls by the factor `encoder_layer_decay` from layer to layer, if that is less than
+        1; weight decay is on matrices only (no biases, norms and scales); frozen parameters are
+        left out."""
         groups = []
-        parts = ((self.decoder, learning_rate), (self.encoder, encoder_learning_rate))
+        parts: list[tuple[nn.Module, float]] = [(self.decoder, learning_rate)]
+        if self.refiner is not None:
+            parts.append((self.refiner, learning_rate))
+        if encoder_layer_decay == 1:
+            parts.append((self.encoder, encoder_learning_rate))
+        else:
+            for group in timm_backbones.layer_decay_groups(
+                self.encoder.backbone, weight_decay, encoder_layer_decay
+            ):
+                rate = encoder_learning_rate * group["lr_scale"]
+                decay = group["weight_decay"]
+                groups.append({"params": group["params"], "lr": rate, "weight_decay": decay})
         for part, rate in parts:
             trainable = [parameter for parameter in part.parameters() if parameter.requires_grad]
             matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
@@ -138,7 +164,9 @@ def build_captioner(
     if not pretrained:
         encoder_config = dataclasses.replace(encoder_config, weights="none")
     encoder = build_encoder(encoder_config, encoder_weights)
-    return Captioner(encoder, build_decoder(config.decoder, encoder.region_dim, vocab_size))
+    refiner = build_refiner(config.decoder, encoder.region_dim, encoder.grid)
+    region_dim = encoder.region_dim if refiner is None else refiner.region_dim
+    return Captioner(encoder, build_decoder(config.decoder, region_dim, vocab_size), refiner)
 
 
 def build_decoder(config: DecoderConfig, region_dim: int, vocab_size: int) -> Decoder:

@@ -6,29 +6,22 @@ N regions, E region dim.
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from caption_ray.config import EncoderConfig
-
-if TYPE_CHECKING:
-    # else imported where needed: it takes 1.5 s, which would be most of a small process's start-up
-    from torchvision import models
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from caption_ray.model import timm_backbones, torchvision_backbones, weights
+from caption_ray.model.backbone import Backbone, wrong_image_size, wrong_weights
+from caption_ray.model.weights import is_weights_uri
 
 
 class Encoder(nn.Module):
@@ -43,45 +36,59 @@ class Encoder(nn.Module):
     std: Tensor
     pooling: Tensor | None
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        config: EncoderConfig,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> None:
+    def __init__(self, backbone: Backbone, config: EncoderConfig) -> None:
         super().__init__()
-        channels, height, width = _feature_map(backbone, config)
+        channels, height, width = _try_out(backbone, config)
         rows, columns = (config.grid, config.grid) if config.grid else (height, width)
         self.region_dim = channels
         """E, the dimension of a region."""
         self.grid = (rows, columns)
         """Rows and columns of the regions, in row-major order: N = rows * columns."""
 
-        self.backbone = backbone
+        self.name = config.name
+        self.backbone = backbone.module
+        self._features = backbone.features
         # Saved in checkpoints, so that an encoder built from one normalises pixels as in training.
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", 255 * torch.tensor(backbone.mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(backbone.std).view(3, 1, 1))
         # Adaptive average pooling as a matrix: torch's own has no deterministic gradient on GPUs.
         pixels = torch.eye(height * width).view(-1, 1, height, width)
         pooling = F.adaptive_avg_pool2d(pixels, self.grid).flatten(1).T  # (N, h * w)
         same = self.grid == (height, width)
         self.register_buffer("pooling", None if same else pooling, persistent=False)
 
-        self._always_eval = _freeze(backbone, config)
+        # With channels last, the gradient of such a convolution writes beyond its memory on CPUs
+        # (torch 2.14 with oneDNN), and the process dies. FastViT, RepVGG and their like have one.
+        self._strides_over_pixels = any(
+            isinstance(module, nn.Conv2d)
+            and (module.in_channels, module.kernel_size) == (3, (1, 1))
+            and module.stride != (1, 1)
+            for module in self.backbone.modules()
+        )
+        self._always_eval = _freeze(self.backbone, config)
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """Regions (B, N, E) of uint8 images (B, 3, S, S)."""
         pixels = (images - self.mean) / self.std
-        # Convolutions are faster with channels last, and regions come out contiguous.
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.backbone(pixels)
-        if features.ndim == 3:  # a vision transformer's class token and patches
-            features = features[:, 1:]  # (B, h * w, E)
-        else:
-            features = features.flatten(2).transpose(1, 2)  # (B, h * w, E)
+        if pixels.is_cuda or not self._strides_over_pixels:
+            # Convolutions are faster with channels last, and regions come out contiguous.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        features = self._features(self.backbone, pixels)
+        features = features.flatten(2).transpose(1, 2)  # (B, h * w, E)
         return features if self.pooling is None else self.pooling.to(features.dtype) @ features
+
+    def checkpoint_gradients(self) -> None:
+        """From now on compute activations anew in the backward pass instead of keeping them.
+
+        Raises ValueError for a backbone that has no means to.
+        """
+        try:
+            self.backbone.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"--train.gradient-checkpointing is True: {self.name} cannot do so; give False"
+            ) from error
 
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
@@ -111,38 +118,55 @@ def as_tensor(array: NDArray[Any] | Tensor) -> Tensor:
 def build_encoder(config: EncoderConfig, weights_path: str | None) -> Encoder:
     """The encoder that `config` asks for, with its weights.
 
-    `weights_path` is the local file to read if `is_weights_uri(config.weights)`. Weights that
-    torchvision knows by name are downloaded, and cached, by torchvision.
+    `weights_path` is the local file to read if `is_weights_uri(config.weights)`. Weights by name
+    are downloaded, and cached, by torchvision or the Hub's client.
 
     Raises ValueError, naming the option, its value and valid ones, for an unknown backbone, name of
     weights or stage, for a file whose weights do not fit the backbone, and for an image size that
-    the backbone does not accept.
+    the backbone does not accept; ConnectionError for weights that cannot be downloaded.
     """
-    own = BACKBONES.get(config.name)
-    backbone, dropped = (own(config), set()) if own else _torchvision_backbone(config)
+    state = None
     if is_weights_uri(config.weights):
         if weights_path is None:
             raise ValueError(f"--model.encoder.weights is {config.weights!r}: give the local file")
-        _load(backbone, _read(weights_path, config), dropped, config)
-        return Encoder(backbone, config)
-    if config.weights == "none":
-        return Encoder(backbone, config)
-    weights = _torchvision_weights(config)
-    _load(backbone, _downloaded(weights, config), dropped, config)
-    preset = weights.transforms()
-    return Encoder(backbone, config, preset.mean, preset.std)
+        state = weights.read(weights_path, config)
+    return Encoder(build_backbone(config, state), config)
 
 
-def is_weights_uri(weights: str) -> bool:
-    """Whether `--model.encoder.weights` names a file, which `build_encoder` needs locally."""
-    return "/" in weights or weights.endswith((".pth", ".pt", ".safetensors"))
+def build_backbone(config: EncoderConfig, state: dict[str, Tensor] | None) -> Backbone:
+    """The backbone that `config` names, with the weights of a state dict if one is given. Raises as
+    `build_encoder` does."""
+    if config.name in BACKBONES:
+        if state is None:
+            check_weights(config)
+        return _own_backbone(config, state)
+    if timm_backbones.is_name(config.name):
+        return timm_backbones.build(config, state)
+    return torchvision_backbones.build(config, state, BACKBONES)
 
 
 def check_weights(config: EncoderConfig) -> None:
-    """Raise ValueError, naming the valid ones, for a name of weights that torchvision has not for
-    the backbone. Whether a file or URI is there, only reading it tells."""
-    if config.weights != "none" and not is_weights_uri(config.weights):
-        _torchvision_weights(config)
+    """Raise ValueError, naming the valid ones, for a name of weights that nobody publishes for the
+    backbone. Whether a file or URI is there, only reading it tells."""
+    if config.weights == "none" or is_weights_uri(config.weights):
+        return
+    if config.name in BACKBONES:
+        raise ValueError(
+            f"--model.encoder.weights is {config.weights!r}: for {config.name} give none or the "
+            "path of a state dict"
+        )
+    if timm_backbones.is_name(config.name):
+        timm_backbones.check_weights(config)
+    else:
+        torchvision_backbones.find_weights(config)
+
+
+def settled_interpolation(config: EncoderConfig) -> Literal["auto", "bilinear", "bicubic"]:
+    """How the encoder's pictures are to be resized: as was asked for, else as for the weights of
+    timm's models; `auto`, which is bilinear, for others. Raises ValueError for an unknown model."""
+    if config.interpolation == "auto" and timm_backbones.is_name(config.name):
+        return timm_backbones.interpolation(config)
+    return config.interpolation
 
 
 # Backbones ------------------------------------------------------------------------------------
@@ -169,8 +193,18 @@ def small_backbone() -> nn.Module:
 BACKBONES: dict[str, Callable[[EncoderConfig], nn.Module]] = {
     "small": lambda config: small_backbone(),
 }
-"""Backbones that are not torchvision's, by name. Another one needs its function and a line here: a
-module that makes a feature map (B, E, h, w) of normalised pixels (B, 3, S, S)."""
+"""Backbones of our own, by name. Another one needs its function and a line here: a module that
+makes a feature map (B, E, h, w) of normalised pixels (B, 3, S, S)."""
+
+
+def _own_backbone(config: EncoderConfig, state: dict[str, Tensor] | None) -> Backbone:
+    module = BACKBONES[config.name](config)
+    if state is not None:
+        try:
+            module.load_state_dict(weights.own_names(state, module.state_dict()))
+        except RuntimeError as error:
+            raise wrong_weights(config, "; ".join(str(error).split("\n\t")[:3])) from error
+    return Backbone(module)
 
 
 class _Coordinates(nn.Module):
@@ -187,91 +221,61 @@ class _Coordinates(nn.Module):
         return torch.cat([x, places.expand(batch, -1, -1, -1)], dim=1)
 
 
-def _torchvision_backbone(config: EncoderConfig) -> tuple[nn.Module, set[str]]:
-    """A torchvision classifier up to its last feature map, and the names of the modules left out.
+def _try_out(backbone: Backbone, config: EncoderConfig) -> tuple[int, int, int]:
+    """Channels, height and width of the feature map of one picture.
 
-    The classifier is traced, so that any forward will do; modules keep their names.
+    Modules that it does not depend on, such as a classifier's pooling, are dropped; parameters that
+    it does not depend on within others are frozen, since DDP would wait for their gradients.
     """
-    from torchvision import models
-
-    names = models.list_models(module=models)
-    if config.name not in names:
-        raise ValueError(
-            f"--model.encoder.name is {config.name!r}: give {', '.join(map(repr, BACKBONES))} or "
-            f"one of torchvision's classification backbones{_did_you_mean(config.name, names)}"
-        )
-    options: dict[str, Any] = {}
-    if config.name.startswith("vit"):
-        options = {"image_size": config.image_size}
-    elif config.name.startswith("maxvit"):
-        options = {"input_size": (config.image_size, config.image_size)}
-    elif config.name in ("inception_v3", "googlenet"):
-        # Their weights expect pixels from -1 to 1; transform_input converts normalised ones.
-        options = {"transform_input": True, "init_weights": True}
+    module = backbone.module.eval()
+    pixels = torch.zeros(1, 3, config.image_size, config.image_size)
     try:
-        # In evaluation mode the trace has no auxiliary classifiers.
-        classifier = models.get_model(config.name, weights=None, **options).eval()
-    except (ValueError, AssertionError) as error:
-        raise _wrong_image_size(config, error) from error
-
-    head = [name for name, child in classifier.named_children() if _has_parameters(child)][-1]
-    graph = _Tracer(head).trace(classifier)
-    features = next(node for node in graph.nodes if node.target == head).args[0]
-    while _pools(features, classifier):
-        features = features.args[0]
-    next(node for node in graph.nodes if node.op == "output").args = (features,)
-    backbone = fx.GraphModule(classifier, graph)
-    backbone.graph.eliminate_dead_code()
-    backbone = fx.GraphModule(backbone, backbone.graph)  # drops modules that the graph lacks
-    return backbone, set(dict(classifier.named_children())) - set(dict(backbone.named_children()))
-
-
-class _Tracer(fx.Tracer):
-    """Does not trace into torch's own modules, torchvision's operators or the head."""
-
-    proxy_buffer_attributes = True  # so that buffers keep their names, too
-
-    def __init__(self, head: str) -> None:
-        super().__init__()
-        self.head = head
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        operator = module.__module__.startswith("torchvision.ops")
-        if name == self.head or (operator and not isinstance(module, nn.Sequential)):
-            return True
-        return super().is_leaf_module(module, name)
-
-
-def _pools(node: fx.Node, classifier: nn.Module) -> bool:
-    """Whether a node stands between the last feature map and the head."""
-    if node.op == "call_module":
-        module = classifier.get_submodule(str(node.target))
-        return isinstance(module, nn.AdaptiveAvgPool2d | nn.Flatten | nn.Dropout)
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    # A vision transformer's class token is taken by getitem.
-    return name in ("adaptive_avg_pool2d", "mean", "flatten", "dropout", "getitem")
-
-
-def _feature_map(backbone: nn.Module, config: EncoderConfig) -> tuple[int, int, int]:
-    """Channels, height and width of the backbone's feature map."""
-    try:
-        with torch.no_grad():
-            image = torch.zeros(1, 3, config.image_size, config.image_size)
-            features = backbone.eval()(image)
-    except (RuntimeError, AssertionError) as error:
-        raise _wrong_image_size(config, error) from error
-    if features.ndim == 3:
-        side = math.isqrt(features.shape[1] - 1)
-        return features.shape[2], side, side
+        # the graph is wanted, but not the tensors that a backward pass would need
+        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
+            features = backbone.features(module, pixels)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise wrong_image_size(config, backbone.native_size, error) from error
+    used = _leaves(features.grad_fn)
+    _require_weights(backbone, used, config)
+    for name, child in list(module.named_children()):
+        own = {id(parameter) for parameter in child.parameters()}
+        if own and not own & used and not isinstance(child, nn.ModuleList):
+            setattr(module, name, nn.Identity())
+    for parameter in module.parameters():
+        parameter.requires_grad_(id(parameter) in used)
     _, channels, height, width = features.shape
     return channels, height, width
 
 
-def _wrong_image_size(config: EncoderConfig, error: Exception) -> ValueError:
-    return ValueError(
-        f"--model.encoder.image-size is {config.image_size}: {config.name} takes other sizes, "
-        f"such as 224 ({error})"
+def _require_weights(backbone: Backbone, used: set[int], config: EncoderConfig) -> None:
+    """Raise ValueError if the weights lacked something that the feature map depends on: parameters
+    with these ids, and the buffers beside them."""
+    parameters = dict(backbone.module.named_parameters())
+    needed = {name for name, parameter in parameters.items() if id(parameter) in used}
+    beside = {name.rpartition(".")[0] for name in needed}
+    lacking = sorted(
+        name
+        for name in backbone.missing
+        if name in needed or (name not in parameters and name.rpartition(".")[0] in beside)
     )
+    if lacking:
+        raise wrong_weights(config, f"they lack {', '.join(lacking[:3])} ({len(lacking)} in all)")
+
+
+def _leaves(result: Node | None) -> set[int]:
+    """The ids of the parameters that a result depends on, by the node of autograd's graph."""
+    seen: set[Node] = set()
+    found: set[int] = set()
+    waiting = [] if result is None else [result]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return found
 
 
 # Freezing -------------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ def _freeze(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module]:
         frozen = []
     elif stage == "none":
         frozen = list(modules.values())
-    elif stage in modules and _has_parameters(modules[stage]):
+    elif stage in modules and _can_train(modules[stage]):
         frozen = list(modules.values())[: list(modules).index(stage)]
     else:
         raise ValueError(
@@ -308,84 +312,11 @@ def _stages(backbone: nn.Module) -> list[str]:
             f"{name}.{part}".strip("."): child
             for name, stage in stages.items()
             for part, child in (list(stage.named_children()) or [("", stage)])
-            if _has_parameters(child)
+            if _can_train(child)
         }
     return list(stages)
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
-
-
-# Weights --------------------------------------------------------------------------------------
-
-
-def _torchvision_weights(config: EncoderConfig) -> models.WeightsEnum:
-    from torchvision import models
-
-    valid = {} if config.name in BACKBONES else models.get_model_weights(config.name).__members__
-    if config.weights not in valid:
-        raise ValueError(
-            f"--model.encoder.weights is {config.weights!r}: for {config.name} give "
-            f"{', '.join(['none', *valid])} or the path of a state dict"
-        )
-    return valid[config.weights]
-
-
-def _downloaded(weights: models.WeightsEnum, config: EncoderConfig) -> dict[str, Tensor]:
-    try:
-        state: dict[str, Tensor] = weights.get_state_dict(check_hash=True)
-        return state
-    except (OSError, RuntimeError) as error:  # no network, or other bytes than were asked for
-        host = urlsplit(weights.url).hostname
-        raise ConnectionError(
-            f"--model.encoder.weights is {config.weights!r}: cannot download {weights} from {host} "
-            f"({error}); give the path or URI of a state dict, or none"
-        ) from error
-
-
-def _read(path: str, config: EncoderConfig) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file or one that torch saved; no code in it is run."""
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(key): tensor.detach() for key, tensor in state.items()}
-    except Exception as error:  # its type depends on what the file really is
-        raise ValueError(
-            f"--model.encoder.weights is {config.weights!r}: no state dict in {path} ({error})"
-        ) from error
-
-
-DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
-
-
-def _load(
-    backbone: nn.Module, state: dict[str, Tensor], dropped: Collection[str], config: EncoderConfig
-) -> None:
-    """Load a classifier's weights, without those of the modules that were left out."""
-    state = {
-        DENSENET_KEY.sub(r"\1\2", key): tensor  # norm.1 is norm1 in today's DenseNets
-        for key, tensor in state.items()
-        if key.partition(".")[0] not in dropped
-    }
-    try:
-        if "encoder.pos_embedding" in state:
-            from torchvision.models.vision_transformer import interpolate_embeddings
-
-            patch = state["conv_proj.weight"].shape[-1]
-            state = interpolate_embeddings(config.image_size, patch, OrderedDict(state))
-        backbone.load_state_dict(state)
-    except (RuntimeError, KeyError) as error:
-        reason = "; ".join(str(error).split("\n\t")[:3])
-        raise ValueError(
-            f"--model.encoder.weights is {config.weights!r}: these are not the weights of "
-            f"{config.name}: {reason[:300]}"
-        ) from error
-
-
-def _did_you_mean(name: str, valid: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, [*BACKBONES, *valid], n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ", such as resnet50"
+def _can_train(module: nn.Module) -> bool:
+    """Whether the feature map depends on a parameter of the module."""
+    return any(parameter.requires_grad for parameter in module.parameters())

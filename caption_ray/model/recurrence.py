@@ -150,6 +150,16 @@ class RecurrentDecoder(Decoder):
         return DecoderOutput(logits, attention[:, :, :steps] * mask.unsqueeze(-1), mask, places)
 
 
+def lstm(entering: Tensor, context: Tensor, recurrent: Tensor, state: State) -> State:
+    """A step of an LSTM (Hochreiter and Schmidhuber 1997), whose input is a sum of three parts,
+    each (..., 4 H); gates: input, forget, output, new. The state is (hidden, cell), (..., H)."""
+    _, cell = state
+    gates, new = (entering + context + recurrent).tensor_split([3 * cell.shape[-1]], dim=-1)
+    admit, keep, emit = gates.sigmoid().chunk(3, dim=-1)
+    cell = keep * cell + admit * new.tanh()
+    return emit * cell.tanh(), cell
+
+
 def narrowed(state: State, images: int, captions: int) -> State:
     """The state of the first images and captions; unchanged if these are all, since the gradient of
     a slice is a full-size tensor."""

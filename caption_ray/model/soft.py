@@ -27,7 +27,14 @@ from caption_ray.model.decoder import (
     StepOutput,
 )
 from caption_ray.model.fused import AttendedFused, fused
-from caption_ray.model.recurrence import OverTime, Packing, RecurrentDecoder, narrowed, placed
+from caption_ray.model.recurrence import (
+    OverTime,
+    Packing,
+    RecurrentDecoder,
+    lstm,
+    narrowed,
+    placed,
+)
 
 Map: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -77,7 +84,7 @@ class SoftAttentionDecoder(RecurrentDecoder):
         mixed_dim = word_dim if deep else hidden
         self.mix = nn.Linear(hidden + region_dim if deep else hidden, mixed_dim)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        self._cell: Callable[..., State] = _lstm if config.cell == "lstm" else _gru
+        self._cell: Callable[..., State] = lstm if config.cell == "lstm" else _gru
         self.output_weight: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.output_weight = nn.Parameter(torch.empty(vocab_size, mixed_dim))
@@ -181,15 +188,6 @@ class SoftAttentionDecoder(RecurrentDecoder):
 
 def _gated(context: Tensor, gate: Tensor) -> Tensor:
     return gate.sigmoid() * context
-
-
-def _lstm(word: Tensor, context: Tensor, recurrent: Tensor, state: State) -> State:
-    """A step of an LSTM (Hochreiter and Schmidhuber 1997); gates: input, forget, output, new."""
-    _, cell = state
-    gates, new = (word + context + recurrent).tensor_split([3 * cell.shape[-1]], dim=-1)
-    admit, keep, emit = gates.sigmoid().chunk(3, dim=-1)
-    cell = keep * cell + admit * new.tanh()
-    return emit * cell.tanh(), cell
 
 
 def _gru(word: Tensor, context: Tensor, recurrent: Tensor, state: State) -> State:

@@ -25,6 +25,7 @@ from caption_ray.captioning.checkpoint import CheckpointError
 from caption_ray.captioning.predictor import Caption, Images, Predictor
 from caption_ray.config import RULES, EncoderConfig, Positive, SearchConfig, Uri, from_dict
 from caption_ray.data.tokenizer import Tokenizer
+from caption_ray.data.transforms import mode_of
 from caption_ray.serving.batching import Batcher, QueueFullError
 from caption_ray.serving.contract import Answer, NextWords, Options
 
@@ -367,7 +368,11 @@ def describe(predictor: Predictor, refused: dict[str, str] | None) -> dict[str, 
 
 def _same_input(one: EncoderConfig, other: EncoderConfig) -> bool:
     """Whether both expect pictures to be prepared in the same way."""
-    return (one.image_size, one.image_fit) == (other.image_size, other.image_fit)
+    first, second = (
+        (encoder.image_size, encoder.image_fit, mode_of(encoder.interpolation))
+        for encoder in (one, other)
+    )
+    return first == second
 
 
 def _without_attention(caption: Caption) -> Caption:

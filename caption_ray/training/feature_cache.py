@@ -93,6 +93,7 @@ def encode_shards(uri: str, config: EncoderConfig) -> dict[str, int]:
     Raises ValueError for an encoder that cannot be, or without weights.
     """
     check_encoder(config)
+    config = initial.settled(config)
     dataset = open_shards(uri)
     limits = {split: None for split in ("train", "val") if split in dataset.splits}
     with_features(dataset, initial.initial_encoder(config), config, limits=limits)
@@ -164,6 +165,7 @@ def _about(dataset: DataSet, encoder: Encoder, config: EncoderConfig) -> dict[st
         "weights": weights.hexdigest(),
         "image_size": config.image_size,
         "image_fit": config.image_fit,
+        **({"interpolation": "bicubic"} if config.interpolation == "bicubic" else {}),
         "grid": list(encoder.grid),
         "region_dim": encoder.region_dim,
     }

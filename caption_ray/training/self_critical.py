@@ -74,13 +74,13 @@ def advantages(rewards: Tensor) -> Tensor:
 
 
 def as_policy(captioner: nn.Module) -> None:
-    """Put a captioner into the mode in which it draws captions and learns from them: without
-    dropout and with fixed batch-norm statistics, as it is served, but in training mode, because
-    torch's recurrent kernels give gradients only there."""
-    captioner.train()
+    """Put a captioner into the mode in which it draws captions and learns from them: as it is
+    served, without anything random and with fixed statistics. Only torch's recurrent kernels are in
+    training mode, for they give gradients only there."""
+    captioner.eval()
     for module in captioner.modules():
-        if isinstance(module, (nn.Dropout, nn.modules.batchnorm._BatchNorm)):
-            module.eval()
+        if isinstance(module, nn.RNNBase):
+            module.train()
 
 
 def log_likelihood(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def draw(
 ) -> Tensor:
     """K captions of each image, int64 (B, K, T), drawn word by word from the model."""
     decoder = captioner.decoder
-    memory = decoder.prepare(regions)
+    memory = decoder.prepare(captioner.refine(regions))
     found = sample(
         lambda tokens, state: decoder.step(tokens, state, memory),
         decoder.initial_state(memory, k),

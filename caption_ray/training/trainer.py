@@ -403,7 +403,7 @@ def _settle(config: Config) -> Config:
         # random stages are not worth freezing, and deep networks explode with batch-norm statistics
         # that were never taken
         encoder = replace(encoder, trainable_from="all", batch_norm="train")
-    model = replace(config.model, encoder=encoder)
+    model = replace(config.model, encoder=initial.settled(encoder))
     return replace(config, run=run, data=data, model=model)
 
 

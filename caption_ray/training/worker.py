@@ -172,7 +172,10 @@ class _Worker:
             self.captioner.decoder.compile_training()
         self.optimizer = torch.optim.AdamW(
             self.captioner.parameter_groups(
-                train.learning_rate, train.encoder_learning_rate, train.weight_decay
+                train.learning_rate,
+                train.encoder_learning_rate,
+                train.weight_decay,
+                train.encoder_layer_decay,
             ),
             fused=True,
         )

@@ -256,7 +256,7 @@ def test_a_gpu_captions_nearly_alike(
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("beam_size", [1, 3])
-@pytest.mark.parametrize("decoder", ["soft", "adaptive", "transformer"])
+@pytest.mark.parametrize("decoder", ["soft", "adaptive", "updown", "transformer"])
 def test_graphs_find_what_single_kernels_find(images: Images, beam_size: int, decoder: str) -> None:
     loaded = make_loaded(decoder=decoder)
     search = dataclasses.replace(

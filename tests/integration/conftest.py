@@ -40,10 +40,19 @@ COMPETING_VARIABLES = (
 )
 
 
+ALONE = {
+    "test_autoscaler", "test_clusters", "test_faults", "test_one_endpoint",
+    "test_serving_autoscaling", "test_serving_faults",
+}  # fmt: skip
+"""Files whose tests tell by time what is late from what is dead: Ray's nodes, proxies, servers."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.slow)
+            if item.path.stem in ALONE:
+                item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def test_its_weights_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_its_name_is_one_of_those_that_are_proposed() -> None:
-    with pytest.raises(ValueError, match="give 'small', 'patches' or one of torchvision's"):
+    with pytest.raises(ValueError, match="give 'small', 'patches', one of torchvision's"):
         build_encoder(EncoderConfig(name="patch"), None)
     with pytest.raises(ValueError, match="for patches give none or the path"):
         build_encoder(dataclasses.replace(ENCODER, weights="DEFAULT"), None)

@@ -16,6 +16,7 @@ from caption_ray.model.decoder import END, PAD, START, Decoder
 from caption_ray.model.loss import token_loss
 from caption_ray.model.search import beam_search, greedy
 from caption_ray.model.transformer import TransformerDecoder
+from caption_ray.model.updown import TopDownDecoder
 
 B, K, N, E, L, D, H, V = 2, 3, 4, 5, 7, 6, 8, 11
 CONFIG = DecoderConfig(
@@ -192,6 +193,55 @@ def test_adaptive_follows_the_papers_equations() -> None:
         beta = torch.cat([z, z_s]).softmax(0)[-1]
         mixed = beta * s + (1 - beta) * c + h  # equations 11 and 13
         rows.append(mixed @ decoder.output.weight.T + decoder.output.bias)
+    output = decoder(regions, tokens)
+    place = torch.zeros_like(output.mask)
+    place[image, caption] = output.mask[image, caption]
+    torch.testing.assert_close(output.logits[place[output.mask]], torch.cat(rows))
+
+
+# Top-down -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("region_dim", [None, 9])
+def test_updown_follows_the_papers_equations(region_dim: int | None) -> None:
+    decoder: TopDownDecoder = build("updown", region_dim=region_dim)
+    regions, tokens = batch()
+    image, caption = 1, 1
+    v = regions[image]
+    if region_dim:
+        project: Any = decoder.project
+        v = torch.relu(v @ project[0].weight.T + project[0].bias)
+    attend, speak = (nn.LSTMCell(size, H) for size in (H + v.shape[1] + D, v.shape[1] + H))
+    from_h2, own_h2 = decoder.from_speaking.weight.chunk(2)
+    a = decoder.attention_dim
+    for cell, by_input, by_hidden, bias in (
+        (
+            attend,
+            torch.cat([from_h2, decoder.from_mean.weight, decoder.from_word.weight], dim=1),
+            decoder.from_looking.weight,
+            decoder.from_word.bias,
+        ),
+        (
+            speak,
+            torch.cat([decoder.from_context.weight, decoder.from_attention.weight[a:]], dim=1),
+            own_h2,
+            decoder.from_attention.bias[a:],
+        ),
+    ):
+        order = torch.arange(4 * H).view(4, H)[[0, 1, 3, 2]].flatten()  # torch's has new third
+        cell.weight_ih.data, cell.weight_hh.data = by_input[order].data, by_hidden[order].data
+        cell.bias_ih.data, cell.bias_hh.data = bias[order].data, torch.zeros(4 * H)
+    h1 = c1 = h2 = c2 = torch.zeros(1, H)
+    rows = []
+    for word in tokens[image, caption, :4]:
+        x1 = torch.cat([h2[0], v.mean(0), decoder.embedding.weight[word]])  # equation 2
+        h1, c1 = attend(x1.unsqueeze(0), (h1, c1))
+        query = h1 @ decoder.from_attention.weight[:a].T + decoder.from_attention.bias[:a]
+        keys = v @ decoder.attention.project.weight.T + decoder.attention.project.bias
+        scores = (keys + query).tanh() @ decoder.attention.score.weight[0]  # equation 3
+        seen = scores.softmax(0) @ v  # equation 4
+        h2, c2 = speak(torch.cat([seen, h1[0]]).unsqueeze(0), (h2, c2))  # equation 5
+        rows.append(h2 @ decoder.output.weight.T + decoder.output.bias)  # equation 6
     output = decoder(regions, tokens)
     place = torch.zeros_like(output.mask)
     place[image, caption] = output.mask[image, caption]

@@ -16,7 +16,9 @@ from torchvision import models
 from torchvision.models import ViT_B_16_Weights
 
 from caption_ray.config import EncoderConfig
-from caption_ray.model.encoder import Encoder, build_encoder, is_weights_uri
+from caption_ray.model.backbone import Backbone
+from caption_ray.model.encoder import Encoder, build_encoder
+from caption_ray.model.weights import is_weights_uri
 
 SMALL = EncoderConfig(name="small", weights="none", trainable_from="all", image_size=96, grid=None)
 RESNET = EncoderConfig(name="resnet18", weights="none", image_size=64, grid=None)
@@ -120,7 +122,7 @@ def test_every_parameter_takes_part(name: str) -> None:
 
 def test_pixels_are_normalised_with_imagenets_mean_and_deviation() -> None:
     # no layers: these make of the pixels' last bits what the CPU's kernels happen to
-    encoder, images = Encoder(nn.Identity(), SMALL), pictures(96, batch=2)
+    encoder, images = Encoder(Backbone(nn.Identity()), SMALL), pictures(96, batch=2)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     expected = ((images / 255 - mean) / std).flatten(2).transpose(1, 2)

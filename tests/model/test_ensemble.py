@@ -72,7 +72,12 @@ def test_a_captioner_with_itself_says_exactly_what_it_says_alone(
     torch.testing.assert_close(ours.attention, alone.attention, atol=1e-5, rtol=0)
 
 
-PAIRS = [("soft", "transformer"), ("adaptive", "soft"), ("transformer", "transformer")]
+PAIRS = [
+    ("soft", "transformer"),
+    ("adaptive", "soft"),
+    ("updown", "transformer"),
+    ("transformer", "transformer"),
+]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)

@@ -27,6 +27,7 @@ KINDS = {
         SMALL, cell="gru", region_dim=28, gate=False, output="mlp", initial_state="zeros"
     ),
     "adaptive": replace(SMALL, name="adaptive"),
+    "updown": replace(SMALL, name="updown", region_dim=28),
 }
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

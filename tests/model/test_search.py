@@ -636,7 +636,7 @@ def test_an_images_samples_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])
-@pytest.mark.parametrize("decoder", ["soft", "adaptive", "transformer"])
+@pytest.mark.parametrize("decoder", ["soft", "adaptive", "updown", "transformer"])
 def test_steps_after_all_captions_are_over_change_nothing(beam_size: int, decoder: str) -> None:
     torch.manual_seed(0)
     model = dataclasses.replace(
