@@ -13,25 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from caption_ray.evaluation.naming import name_at_the_end, names_of
+
 Box = Sequence[float]
 """Left, top, right and bottom, as fractions of the picture."""
-
-SYNONYMS = {
-    "person": "man men woman women boy boys girl girls people child children kid kids player "
-    "players lady guy".split(),
-    "bicycle": ["bike", "bikes"],
-    "motorcycle": ["motorbike", "motorbikes"],
-    "airplane": ["plane", "planes", "jet"],
-    "couch": ["sofa", "sofas"],
-    "tv": ["television", "televisions"],
-    "cell phone": ["phone", "phones", "cellphone"],
-    "dining table": ["table", "tables"],
-    "sheep": ["lamb", "lambs"],
-    "sports ball": ["ball", "balls"],
-    "potted plant": ["plant", "plants"],
-    "wine glass": ["glass", "glasses"],
-}
-"""Other words that people use for COCO's categories."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +67,11 @@ def point(
         cells = np.outer((y0 <= y) & (y <= y0 + height), (x0 <= x) & (x <= x0 + width))
         category = str(thing["category"])
         inside[category] = inside.get(category, np.zeros((rows, columns), bool)) | cells
-    names = {
-        tuple(name.split()): category
-        for category in inside
-        for name in (category, *SYNONYMS.get(category, ()))
-    }
+    names = names_of(inside)
     total = Pointing(0, 0, 0.0)
     for place in range(len(words)):
-        named = _named(words[: place + 1], names)
+        named = name_at_the_end(words[: place + 1], names)
         if named is not None:
             hit = bool(inside[named].flat[int(attention[place].argmax())])
             total += Pointing(1, int(hit), float(inside[named].mean()))
     return total
-
-
-def _named(words: Sequence[str], names: Mapping[tuple[str, ...], str]) -> str | None:
-    """The category whose name the words end with; of several such names the longest wins."""
-    for name in sorted(names, key=len, reverse=True):
-        said = tuple(words[-len(name) :])
-        if said == name or said[:-1] == name[:-1] and said[-1:] and said[-1] in _plurals(name[-1]):
-            return names[name]
-    return None
-
-
-def _plurals(word: str) -> tuple[str, ...]:
-    plurals = (f"{word}s", f"{word}es")
-    return (*plurals, f"{word[:-1]}ies") if word.endswith("y") else plurals

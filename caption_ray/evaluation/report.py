@@ -132,6 +132,12 @@ def _ranked(records: Sequence[Record]) -> list[Record]:
     return sorted(records, key=lambda record: -float(record["scores"]["CIDEr-D"]))
 
 
+def looked_at(records: Sequence[Record], failures: Mapping[str, Sequence[Record]]) -> list[Record]:
+    """All captions that a report shows, each once."""
+    chosen = [*best_and_worst(records).values(), attended(records), *failures.values()]
+    return list({id(record): record for part in chosen for record in part}.values())
+
+
 def heat_maps(record: Record) -> list[tuple[str, bytes]]:
     """The words of a caption, each with a JPEG of the picture under that word's attention map."""
     picture = Image.open(io.BytesIO(record["thumbnail"]))
@@ -145,6 +151,7 @@ def tables(records: Sequence[Record]) -> dict[str, Table]:
     """What `page` shows, as tables and images for a tracker."""
     captions: list[list[Cell]] = [
         [which, record.get("thumbnail"), record["caption"], "\n".join(record["references"]),
+         record.get("nearest", ("", 0.0))[0],
          *(float(record["scores"][name]) for name in SCORES), record["file"]]
         for which, chosen in best_and_worst(records).items()
         for record in chosen
@@ -155,7 +162,18 @@ def tables(records: Sequence[Record]) -> dict[str, Table]:
         for word, picture in heat_maps(record)
     ]
     return {
-        "captions": Table(["which", "picture", "caption", "references", *SCORES, "file"], captions),
+        "captions": Table(
+            [
+                "which",
+                "picture",
+                "caption",
+                "references",
+                "nearest in training",
+                *SCORES,
+                "file",
+            ],
+            captions,
+        ),
         "attention": Table(["looked at", "word", "caption", "file"], attention),
     }
 
@@ -169,11 +187,13 @@ def page(
     skipped: Mapping[str, str],
     records: Sequence[Record],
     curves: Mapping[str, bytes],
+    failures: Mapping[str, Sequence[Record]],
 ) -> str:
-    """A self-contained HTML page: metrics, charts, the best and the worst captions by CIDEr-D, and
-    for some captions an attention map of each word.
+    """A self-contained HTML page: metrics, charts, the best and the worst captions by CIDEr-D,
+    those that fail in a certain way, and for some captions an attention map of each word.
 
-    `records` are those of evaluate.caption_split with their `scores`; `curves` are PNGs by heading.
+    `records` are those of evaluate.caption_split with their `scores`, and maybe `nearest` (see
+    failures.nearest); `curves` are PNGs, `failures` captions, by heading.
     """
     rows = [
         f"<tr><td>{html.escape(name)}<td class=number>{value:.4g}"
@@ -186,11 +206,12 @@ def page(
     for heading, picture in curves.items():
         parts.append(f"<h2>{html.escape(heading)}</h2>")
         parts.append(_image(picture, "png", f"{heading} over the steps"))
-    for which, chosen in best_and_worst(records).items():
+    ranked = best_and_worst(records).items()
+    galleries = {f"{which.capitalize()} captions, by CIDEr-D": chosen for which, chosen in ranked}
+    for heading, chosen in {**galleries, **failures}.items():
         if chosen:
             cards = "".join(map(_card, chosen))
-            heading = f"{which.capitalize()} captions, by CIDEr-D"
-            parts += [f"<h2>{heading}</h2>", f"<div class=cards>{cards}</div>"]
+            parts += [f"<h2>{html.escape(heading)}</h2>", f"<div class=cards>{cards}</div>"]
     looked = attended(records)
     if looked:
         parts += ["<h2>Where each word looked</h2>", *map(_words, looked)]
@@ -204,9 +225,12 @@ def _card(record: Record) -> str:
     shown = _image(picture, "jpeg", record["caption"]) if picture else ""
     references = "<br>".join(map(html.escape, record["references"]))
     scores = ", ".join(f"{name} {record['scores'][name]:.2f}" for name in SCORES)
+    nearest, share = record.get("nearest", ("", 0.0))
+    learnt = f"<br>Nearest in training ({share:.0%}): <i>{html.escape(nearest)}</i>"
     return (
         f"<div class=card>{shown}<b>{html.escape(record['caption'])}</b>"
-        f"<small>{references}<br>{scores}<br>{html.escape(record['file'])}</small></div>"
+        f"<small>{references}{learnt if nearest else ''}<br>{scores}<br>"
+        f"{html.escape(record['file'])}</small></div>"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from caption_ray.config import SearchConfig
 from caption_ray.data import unspaced
 from caption_ray.data.dataset import DataSet
 from caption_ray.data.tokenizer import Tokenizer
-from caption_ray.evaluation import evaluate, report
+from caption_ray.evaluation import calibration, evaluate, failures, report
 from caption_ray.evaluation.pointing import Pointing, point
 
 METRICS_FILE, PER_IMAGE_FILE, REPORT_FILE = "metrics.json", "per_image.jsonl", "report.html"
@@ -99,6 +100,15 @@ def make(
     for record, values in zip(records, scores.per_image, strict=True):
         record["scores"] = values
     figures = {**scores.corpus, **describe(records, dataset, seconds, tokenizer)}
+    wrong = failures.shown(failures.kinds(records, tokenizer), report.SHOWN)
+    if "train" in dataset.splits:
+        shown = {record["image_id"] for record in report.looked_at(records, wrong)}
+        chosen = [record for record in records if record["image_id"] in shown]
+        known = failures.nearest(
+            [record["caption"] for record in chosen], dataset.training_captions(), tokenizer
+        )
+        for record, found in zip(chosen, known, strict=True):
+            record["nearest"] = found
     tables = report.tables(records)
     card = Scorecard(
         figures,
@@ -107,7 +117,7 @@ def make(
         tables,
         storage.resolve(out or run_folder.evaluation_folder(loaded.uri, split)),
     )
-    _write(card, records, loaded.uri, split, name)
+    _write(card, records, wrong, loaded.uri, split, name)
     return card
 
 
@@ -128,6 +138,9 @@ def describe(
         known = {tuple(tokenizer.scored(caption)) for caption in dataset.training_captions()}
         novel = sum(tuple(words) not in known for words in told)
         figures["share of novel captions"] = novel / len(told)
+    calibrated = calibration.calibration(records)
+    if calibrated is not None:
+        figures["log-probability and CIDEr-D"] = calibrated.correlation
     pointing = Pointing(0, 0, 0.0)
     for record in records:
         if record.get("attention") is not None:
@@ -143,7 +156,14 @@ def describe(
     return figures
 
 
-def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str, name: str) -> None:
+def _write(
+    card: Scorecard,
+    records: list[dict[str, Any]],
+    wrong: Mapping[str, Sequence[report.Record]],
+    uri: str,
+    split: str,
+    name: str,
+) -> None:
     results = [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]
     lines = [
         json.dumps(
@@ -160,7 +180,11 @@ def _write(card: Scorecard, records: list[dict[str, Any]], uri: str, split: str,
     for run in dict.fromkeys(storage.parent(one) for one in members):
         found = report.curves(run_folder.read_history(run), storage.name(run))
         curves |= {f"{heading} of {storage.name(run)}": png for heading, png in found.items()}
-    page = report.page(f"{' + '.join(names)}, {split}", card.figures, card.skipped, records, curves)
+    calibrated = calibration.calibration(records)
+    if calibrated is not None:
+        curves["How sure it is, and how good"] = calibration.draw(calibrated)
+    title = f"{' + '.join(names)}, {split}"
+    page = report.page(title, card.figures, card.skipped, records, curves, wrong)
     for file, text in (
         (f"captions_{split}_{name}_results.json", json.dumps(results, ensure_ascii=False)),
         (PER_IMAGE_FILE, "\n".join(lines) + "\n"),

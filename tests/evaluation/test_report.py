@@ -74,7 +74,7 @@ def test_few_captions_are_not_shown_twice(records: list[dict[str, Any]]) -> None
 
 def test_the_page_and_the_tables_show_the_same_pictures(records: list[dict[str, Any]]) -> None:
     tables = report.tables(records)
-    shown = pictures(report.page("run", {}, {}, records, {}))
+    shown = pictures(report.page("run", {}, {}, records, {}, {}))
     cells = [cell for table in tables.values() for row in table.rows for cell in row]
     assert shown == [cell for cell in cells if isinstance(cell, bytes)]
     assert len(shown) == 12 + 6 * len(WORDS)
@@ -100,7 +100,7 @@ def test_captions_without_attention_have_no_heat_maps(records: list[dict[str, An
     tables = report.tables(plain)
     assert tables["attention"].rows == []
     assert len(tables["captions"].rows) == 12
-    assert "Where each word looked" not in report.page("run", {}, {}, plain, {})
+    assert "Where each word looked" not in report.page("run", {}, {}, plain, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_curves_are_drawn_of_what_the_run_measured(
 ) -> None:
     curves = report.curves(history, "my-run")
     assert list(curves) == headings
-    page = report.page("run", {}, {}, records, curves)
+    page = report.page("run", {}, {}, records, curves, {})
     assert pictures(page, "png") == list(curves.values())
     for heading in headings:
         assert f"<h2>{heading}</h2>" in page

@@ -78,12 +78,17 @@ def test_figures_are_written_and_shown(card: scorecard.Scorecard) -> None:
         assert f"{name:28} {value:10.4f}" in card.table()
 
 
-def test_the_report_is_one_file_with_all_pictures_inside(card: scorecard.Scorecard) -> None:
+def test_the_report_is_one_file_with_all_pictures_inside(
+    card: scorecard.Scorecard, shards: str
+) -> None:
     page = read(card, "report.html")
     assert not re.findall(r"(?:src|href)=\"?(?!\"?data:)", page), "it refers to something outside"
     assert page.count("data:image/jpeg") > 12
     for name in ("CIDEr-D", "Best captions", "Worst captions", "Where each word looked"):
         assert name in page
+    nearest = re.findall(r"Nearest in training \((\d+)%\): <i>(.*?)</i>", page)
+    known = set(open_shards(shards).training_captions())
+    assert nearest and {text for _, text in nearest} <= known
 
 
 def test_a_word_cannot_become_markup(card: scorecard.Scorecard) -> None:
@@ -93,7 +98,7 @@ def test_a_word_cannot_become_markup(card: scorecard.Scorecard) -> None:
         "caption": "<script>alert(1)</script>", "references": ["<b>"], "file": "<i>",
         "scores": {"CIDEr-D": 1.0, "BLEU-4": 0.0, "ROUGE-L": 0.0},
     }  # fmt: skip
-    page = report.page("<u>", {"<s>": 1.0}, {}, [record], {"<a>": b""})
+    page = report.page("<u>", {"<s>": 1.0}, {}, [record], {"<a>": b""}, {"<f>": [record]})
     assert not {"<script>", "<i>", "<u>", "<s>", "<a>"} & set(re.findall(r"<\w+>", page))
     assert "&lt;script&gt;" in page and "&lt;b&gt;" in page
 
