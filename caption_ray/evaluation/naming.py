@@ -11,8 +11,8 @@ CATEGORIES = tuple(
     "sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, "
     "bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, "
     "carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, "
-    "tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, "
-    "book, clock, vase, scissors, teddy bear, hair drier, toothbrush".split(", ")
+    "tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, "
+    "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush".split(", ")
 )
 """The categories of COCO's instances."""
 
