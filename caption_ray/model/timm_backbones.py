@@ -218,11 +218,35 @@ def _downloaded(name: str, config: EncoderConfig) -> nn.Module:
     about = _about(name)
     where = about.hf_hub_id or about.url
     try:
+        if about.hf_hub_id and not about.hf_hub_filename:
+            _fetch(about.hf_hub_id)
         return _created(name, config, pretrained=True)
     except ValueError:
         raise
     except Exception as error:  # its type depends on the library that downloads
         raise cannot_download(config, f"timm/{name} ({where})", error) from error
+
+
+def _fetch(repository: str) -> None:
+    """Have a repository's weights in the Hub's cache.
+
+    timm would do so itself, but where the Hub cannot be reached it asks for a second file, too, and
+    each takes half a minute of the client's retries, of which each is told.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        hf_hub_download(repository, "model.safetensors")
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        pass  # older repositories have another format, which timm knows
+    finally:
+        logging.set_verbosity(told)
 
 
 @contextmanager

@@ -220,7 +220,7 @@ def _encode(
         blocks = ray.data.read_datasource(
             SliceSource(dataset.splits[split], slices, prepare, block_rows=None),
             override_num_blocks=len(slices),
-            ray_remote_args={"num_cpus": 1 if gpus else 0.5},
+            num_cpus=1 if gpus else 0.5,
         )
         finished = blocks.map_batches(
             _Encode,
