@@ -20,7 +20,7 @@ class Arguments:
     them: http://images.cocodataset.org is COCO's own."""
     out: config.Uri
     """Folder or bucket prefix for the shards and their index."""
-    image_size: config.Size | None = 256
+    image_size: config.Size | None = ingest.SHORTER_SIDE
     """Shrink larger pictures to this shorter side, in pixels; None keeps the originals."""
     images_per_shard: config.Count = ingest.IMAGES_PER_SHARD
     """Pictures in one shard."""
@@ -42,17 +42,18 @@ def main() -> None:
     with_features, encoder = arguments.pop("features"), arguments.pop("encoder")
     if with_features:
         feature_cache.check_encoder(encoder)  # at once, before Ray starts
-    command.check_output("out", arguments["out"], folder=True)
-    found = ingest.inspect(**arguments)  # what is wrong with the source, before Ray starts
-    cluster.connect(arguments["out"])
+    out = arguments.pop("out")
+    command.check_output("out", out, folder=True)
+    found = ingest.inspect(**arguments).at(out)  # what is wrong shows before Ray starts
+    cluster.connect(out)
     index = ingest.write(found)
-    encoded = feature_cache.encode_shards(arguments["out"], encoder) if with_features else {}
+    encoded = feature_cache.encode_shards(out, encoder) if with_features else {}
     for split in index.splits:
         shards = index.shards(split)
         megabytes = sum(shard.bytes for shard in shards) / 1e6
         print(f"{split}: {sum(index.rows(split))} images, {len(shards)} shards, {megabytes:.1f} MB")
     print(f"features: {encoded or 'none'}; left out: {outline(index.left_out) or 'nothing'}")
-    print(f"Next: python jobs/train.py coco --data.shards {quote(arguments['out'])}")
+    print(f"Next: python jobs/train.py coco --data.shards {quote(out)}")
 
 
 if __name__ == "__main__":

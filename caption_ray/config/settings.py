@@ -56,6 +56,9 @@ class DataConfig(Section):
     """URI of a data set in COCO's layout, streamed picture by picture without an ingest (slower).
     """
 
+    ingest: bool = False
+    """Ingest `source` before training, once, into the run storage, and train on these shards."""
+
     captions_per_image: Annotated[int, Field(ge=1, le=1000)] = 5
     """Captions of a picture that share one decoding and one encoder pass. Where a picture has more,
     a new choice is drawn for each epoch."""

@@ -27,13 +27,16 @@ from caption_ray.data import receipts, shapes, shards, unspaced
 from caption_ray.data.dataset import read_index
 from caption_ray.data.rows import READ_THREADS, fingerprint, to_row
 from caption_ray.data.shards import INDEX_FILE, Index, LeftOut, Shard
-from caption_ray.data.sources import Record, Split, find_splits
+from caption_ray.data.sources import SPLITS, Record, Split, find_splits
 from caption_ray.data.tokenizer import PTB
 
 RECEIPTS = ".receipts"
 """Folder of the receipts of an unfinished ingest, below its output."""
 
 SHARD_NAME = re.compile(r"\d+-of-\d+\.parquet")
+
+SHORTER_SIDE = 256
+"""Pixels that the shorter side of a picture is shrunk to unless something else is asked for."""
 
 IMAGES_PER_SHARD = 500
 """Default size of a shard: 10 MB of shrunk COCO, one request of object storage."""
@@ -50,18 +53,30 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What is to be written, after a look at source and output."""
+    """What is to be written, after a look at the source."""
 
     source: str
-    out: str
     image_size: int | None
     seed: int
     parts: dict[str, list[list[Record]]]
     """The pictures of each shard of each split."""
     left_out: list[LeftOut]
     fingerprint: str
-    finished: Index | None
+    out: str = ""
+    """Where to: see `at`."""
+    finished: Index | None = None
     """The index, if all of it is there already."""
+
+    def at(self, out: str) -> Inspected:
+        """The same, to be written below `out`. Raises ValueError if that holds another data set."""
+        out = storage.resolve(out)
+        finished = read_index(out) if storage.exists(storage.join(out, INDEX_FILE)) else None
+        if finished is not None and finished.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"--out {out}: holds another data set (from {finished.source}, image size "
+                f"{finished.image_size}); choose an empty folder or delete that one"
+            )
+        return dataclasses.replace(self, out=out, finished=finished)
 
 
 def ingest(
@@ -81,23 +96,19 @@ def ingest(
     Returns the index, also when an earlier run with the same fingerprint had finished it. Raises
     ValueError if `out` holds another data set, or if nothing of a split is readable.
     """
-    return write(
-        inspect(
-            source,
-            out,
-            image_size=image_size,
-            images_per_shard=images_per_shard,
-            seed=seed,
-            splits=splits,
-            karpathy=karpathy,
-        ),
-        progress,
+    found = inspect(
+        source,
+        image_size=image_size,
+        images_per_shard=images_per_shard,
+        seed=seed,
+        splits=splits,
+        karpathy=karpathy,
     )
+    return write(found.at(out), progress)
 
 
 def inspect(
     source: str,
-    out: str,
     *,
     image_size: int | None,
     images_per_shard: int,
@@ -106,21 +117,15 @@ def inspect(
     karpathy: str | None = None,
 ) -> Inspected:
     """The first half of `ingest`, which needs no Ray: a job asks for it before it connects."""
-    source, out = storage.resolve(source), storage.resolve(out)
+    source = storage.resolve(source)
     found = find_splits(source, splits=splits, karpathy=karpathy)
     first = next(iter(found.values()))
     unspaced.warn(caption for record in first.records for caption in record.picture.captions)
     parts = {split: _shuffled(content, images_per_shard, seed) for split, content in found.items()}
-    wanted = fingerprint(parts, image_size)
-    finished = read_index(out) if storage.exists(storage.join(out, INDEX_FILE)) else None
-    if finished is not None and finished.fingerprint != wanted:
-        raise ValueError(
-            f"--out {out}: holds another data set (from {finished.source}, image size "
-            f"{finished.image_size}); choose an empty folder or delete that one"
-        )
     left_out = [LeftOut(split, *entry) for split, content in found.items()
                 for entry in content.left_out]  # fmt: skip
-    return Inspected(source, out, image_size, seed, parts, left_out, wanted, finished)
+    wanted = fingerprint(parts, image_size)
+    return Inspected(source, image_size, seed, parts, left_out, wanted)
 
 
 def write(this: Inspected, progress: bool = True) -> Index:
@@ -204,6 +209,24 @@ def ensure_shapes(runs: str, data: DataConfig) -> str:
         splits=shapes.SPLITS,
     )
     return out
+
+
+def ensure_ingested(source: str, runs: str, image_size: int) -> str:
+    """URI of the shards of `source` (see `find_splits`), written beside the runs if need be, with
+    pictures whose shorter side has `image_size` pixels at most.
+
+    Each state of the source has a folder of its own: after a change it is ingested anew. Raises
+    ValueError as `ingest` does.
+    """
+    found = inspect(
+        source, image_size=image_size, images_per_shard=IMAGES_PER_SHARD, seed=0, splits=SPLITS
+    )
+    name = f"{storage.name(found.source)}-{found.fingerprint[:12]}"
+    there = found.at(storage.join(storage.resolve(runs), "data", name))
+    if there.finished is None:
+        print(f"Ingesting {found.source} once, into {there.out}", flush=True)
+    write(there)
+    return there.out
 
 
 def _shuffled(split: Split, images_per_shard: int, seed: int) -> list[list[Record]]:

@@ -63,10 +63,10 @@ def _reason_against(config: Config) -> str | None:
         return "pictures are mirrored at random (--data.flip; --data.no-flip turns that off)"
     if data.min_crop < 1:
         return f"pictures are cropped at random (--data.min-crop {data.min_crop})"
-    if data.source is not None:
+    if data.source is not None and not data.ingest:
         return (
             f"the pictures of --data.source {data.source} have no digests by which features could "
-            "be known to be theirs (run jobs/ingest.py, and give --data.shards)"
+            "be known to be theirs (give --data.ingest)"
         )
     return None
 

@@ -33,7 +33,7 @@ from caption_ray.captioning.ownership import Claim, LostError
 from caption_ray.config import Config, DataConfig, EncoderConfig, require, to_dict
 from caption_ray.data import unspaced
 from caption_ray.data.dataset import DataSet, open_shards, open_source
-from caption_ray.data.ingest import ensure_shapes
+from caption_ray.data.ingest import SHORTER_SIDE, ensure_ingested, ensure_shapes
 from caption_ray.data.tokenizer import PTB, Tokenizer
 from caption_ray.data.vocabulary import END, START, Vocabulary
 from caption_ray.training import console, feature_cache, initial, rewards, validation
@@ -374,10 +374,14 @@ def _with_features(
 
 
 def open_data(config: Config) -> DataSet:
-    """The data set the configuration names; `shapes` is drawn and ingested if it is not there."""
+    """The data set the configuration names; `shapes` is drawn, and what is to be ingested is, if it
+    is not there."""
     data = config.data
-    if data.source is not None:
+    if data.source is not None and not data.ingest:
         return open_source(data.source, seed=config.train.seed)
+    if data.source is not None:
+        image_size = max(SHORTER_SIDE, config.model.encoder.image_size)
+        return open_shards(ensure_ingested(data.source, config.run.storage, image_size))
     uri = data.shards or ensure_shapes(config.run.storage, data)
     return open_shards(uri)
 

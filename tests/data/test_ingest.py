@@ -6,7 +6,7 @@ import pytest
 from caption_ray import storage
 from caption_ray.data import shards as format
 from caption_ray.data import transforms
-from caption_ray.data.ingest import RECEIPTS, ingest, read_index
+from caption_ray.data.ingest import RECEIPTS, ensure_ingested, ingest, read_index
 from caption_ray.data.ptb import tokenize
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -49,6 +49,24 @@ def test_every_picture_is_in_one_shard_with_its_captions(scenes, shards):
             assert len(row["captions"]) == 5
             assert 1 <= len(row["objects"]) <= 3
     assert index.left_out == []
+
+
+def test_what_training_ingests_is_written_once_and_anew_when_it_changed(scenes, tmp_path, capsys):
+    source = shutil.copytree(scenes, tmp_path / "mine")
+    first = ensure_ingested(str(source), str(tmp_path / "runs"), 64)
+    assert (
+        first.startswith(f"{tmp_path}/runs/data/mine-") and "Ingesting" in capsys.readouterr().out
+    )
+    assert read_index(first).rows("train") == [40] and read_index(first).image_size == 64
+    before = _files(first)
+    assert ensure_ingested(str(source), str(tmp_path / "runs"), 64) == first
+    assert _files(first) == before and "Ingesting" not in capsys.readouterr().out
+
+    (annotations,) = source.glob("annotations/captions_train*.json")
+    annotations.write_text(annotations.read_text().replace("red", "crimson"))
+    second = ensure_ingested(str(source), str(tmp_path / "runs"), 64)
+    assert second != first and _files(first) == before
+    assert "crimson" in read_index(second).word_counts
 
 
 def test_the_index_knows_rows_bytes_and_digest_of_every_shard(shards):

@@ -283,6 +283,10 @@ def test_features_are_used_by_themselves_where_they_pay():
     once = dataclasses.replace(plain, train=dataclasses.replace(plain.train, epochs=1))
     assert not feature_cache.is_wanted(once)
     assert feature_cache.is_wanted(config.seed())
+    for ingested in (False, True):
+        data = dataclasses.replace(config.seed().data, source="my-pictures", ingest=ingested)
+        of_folder = dataclasses.replace(config.seed(), data=data)
+        assert feature_cache.is_wanted(of_folder) == ingested
     assert feature_cache.is_wanted(config.coco_self_critical())
     assert not feature_cache.is_wanted(config.coco())
     assert not feature_cache.is_wanted(config.shapes())
