@@ -89,8 +89,9 @@ SHALLOW = {
     "qwen3_vit": {"depth": 1}, "naflexvit": {"depth": 2}, "vision_transformer_sam": {"depth": 2},
 }  # fmt: skip
 """What keeps large models of equal layers small."""
-MORE_THAN_STAGES = {"nfnet"}
-"""Families with layers after the last stage that keep the number of channels."""
+MORE_THAN_STAGES = {"nfnet", "xception_aligned"}
+"""Families with layers after the last stage that keep the number of channels: a convolution, and
+an activation."""
 VOCABULARY = Vocabulary("a red circle above blue".split())
 
 
