@@ -37,7 +37,7 @@ def test_ingest_names_its_output_and_what_it_left_out(
     left_out = [LeftOut("train", f"{i}.jpg", "missing") for i in range(5)]
     shards = {"train": [Shard("a", 7, 100, "")]}
     index = Index("source", "", None, 0, shards, {}, left_out)
-    monkeypatch.setattr(ingest, "inspect", lambda **_: None)
+    monkeypatch.setattr(ingest, "inspect", lambda **_: SimpleNamespace(at=lambda out: None))
     monkeypatch.setattr(ingest, "write", lambda _: index)
     printed = run_job("ingest", "--source", "s", "--out", ODD, cwd=tmp_path).stdout
     assert printed_command(printed, "train.py")[-2:] == ["--data.shards", ODD]
