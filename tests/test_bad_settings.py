@@ -337,6 +337,7 @@ def test_what_is_no_number_of_gpus_is_refused_by_the_variables_name(value, monke
     ("arguments", "message"),
     [
         ("train --model.decoder.name lstm", "--model.decoder.name is 'lstm': give one of soft, "),
+        ("train --data.ingest", "--data.ingest is True: it needs --data.source"),
         ("train --model.encoder.name vgg", "--model.encoder.name is 'vgg': give 'small', one"),
         ("train --model.encoder.trainable-from x", "--model.encoder.trainable-from is 'x': for sm"),
         (

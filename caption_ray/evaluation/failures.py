@@ -7,12 +7,12 @@ to look at, and are no metric.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 from caption_ray.data.tokenizer import Tokenizer
-from caption_ray.evaluation.naming import CATEGORIES, named, names_of
+from caption_ray.evaluation.naming import CATEGORIES, Names
 
 Record: TypeAlias = Mapping[str, Any]
 """A record of evaluate.caption_split, with its `scores`."""
@@ -71,9 +71,9 @@ def _names_wrongly(
 ) -> bool:
     """Whether an object is named that is neither known to be in the picture nor in a reference
     (after CHAIR: Rohrbach et al., 1809.02156)."""
-    names = names_of({*CATEGORIES, *there})
-    seen = there.union(*(named(reference, names) for reference in references))
-    return bool(named(words, names) - seen)
+    names = Names([*CATEGORIES, *there])
+    seen = there.union(*map(names.within, references))
+    return bool(names.within(words) - seen)
 
 
 def _counts_wrongly(words: Sequence[str], references: Sequence[Sequence[str]]) -> bool:
@@ -100,21 +100,21 @@ def shown(found: Mapping[str, Sequence[Record]], count: int) -> dict[str, list[R
 
 
 def nearest(
-    captions: Sequence[str], training: Iterable[str], tokenizer: Tokenizer
+    captions: Sequence[Sequence[str]], training: Mapping[tuple[str, ...], str]
 ) -> list[tuple[str, float]]:
     """For each caption the training caption that shares most with it, and how much: Dice's
     coefficient of their words and pairs of words, from 0 to 1, the same.
 
-    One pass over the training captions, of which none is kept.
+    captions: as words. training: captions by their words.
     """
-    wanted = [_pieces(tokenizer.scored(caption)) for caption in captions]
+    wanted = [_pieces(words) for words in captions]
     by_piece: dict[Any, list[int]] = {}
     for number, pieces in enumerate(wanted):
         for piece in pieces:
             by_piece.setdefault(piece, []).append(number)
     best = [("", 0.0)] * len(captions)
-    for text in training:
-        pieces = _pieces(tokenizer.scored(text))
+    for words, text in training.items():
+        pieces = _pieces(words)
         shared = Counter(number for piece in pieces for number in by_piece.get(piece, ()))
         for number, count in shared.items():
             share = 2 * count / (len(pieces) + len(wanted[number]))

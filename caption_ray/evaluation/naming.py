@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 CATEGORIES = tuple(
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
@@ -36,35 +36,33 @@ SYNONYMS = {
 }
 """Other words that people use for COCO's categories."""
 
-Names = Mapping[tuple[str, ...], str]
-"""The category of each name, which may have several words."""
+
+class Names:
+    """All names of some categories, singular and plural; a name may have several words."""
+
+    def __init__(self, categories: Iterable[str]) -> None:
+        self._categories: dict[tuple[str, ...], str] = {}
+        for category in categories:
+            for name in (category, *SYNONYMS.get(category, ())):
+                *before, last = name.split()
+                for form in (last, *_plurals(last)):
+                    self._categories.setdefault((*before, form), category)
+        self._longest = max(map(len, self._categories), default=0)
+
+    def at_the_end(self, words: Sequence[str]) -> str | None:
+        """The category whose name the words end with; of several such names the longest wins."""
+        for count in range(min(self._longest, len(words)), 0, -1):
+            category = self._categories.get(tuple(words[-count:]))
+            if category is not None:
+                return category
+        return None
+
+    def within(self, words: Sequence[str]) -> set[str]:
+        """All categories that the words name."""
+        found = (self.at_the_end(words[: place + 1]) for place in range(len(words)))
+        return {category for category in found if category is not None}
 
 
-def names_of(categories: Iterable[str]) -> Names:
-    """All names of some categories."""
-    return {
-        tuple(name.split()): category
-        for category in categories
-        for name in (category, *SYNONYMS.get(category, ()))
-    }
-
-
-def name_at_the_end(words: Sequence[str], names: Names) -> str | None:
-    """The category whose name the words end with, singular or plural; of several such names the
-    longest wins."""
-    for name in sorted(names, key=len, reverse=True):
-        said = tuple(words[-len(name) :])
-        if said == name or said[:-1] == name[:-1] and said[-1:] and said[-1] in plurals(name[-1]):
-            return names[name]
-    return None
-
-
-def named(words: Sequence[str], names: Names) -> set[str]:
-    """All categories that the words name."""
-    found = (name_at_the_end(words[: place + 1], names) for place in range(len(words)))
-    return {category for category in found if category is not None}
-
-
-def plurals(word: str) -> tuple[str, ...]:
+def _plurals(word: str) -> tuple[str, ...]:
     forms = (f"{word}s", f"{word}es")
     return (*forms, f"{word[:-1]}ies") if word.endswith("y") else forms

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from caption_ray.evaluation.naming import name_at_the_end, names_of
+from caption_ray.evaluation.naming import Names
 
 Box = Sequence[float]
 """Left, top, right and bottom, as fractions of the picture."""
@@ -67,10 +67,10 @@ def point(
         cells = np.outer((y0 <= y) & (y <= y0 + height), (x0 <= x) & (x <= x0 + width))
         category = str(thing["category"])
         inside[category] = inside.get(category, np.zeros((rows, columns), bool)) | cells
-    names = names_of(inside)
+    names = Names(inside)
     total = Pointing(0, 0, 0.0)
     for place in range(len(words)):
-        named = name_at_the_end(words[: place + 1], names)
+        named = names.at_the_end(words[: place + 1])
         if named is not None:
             hit = bool(inside[named].flat[int(attention[place].argmax())])
             total += Pointing(1, int(hit), float(inside[named].mean()))

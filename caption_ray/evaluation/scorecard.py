@@ -99,16 +99,14 @@ def make(
     )
     for record, values in zip(records, scores.per_image, strict=True):
         record["scores"] = values
-    figures = {**scores.corpus, **describe(records, dataset, seconds, tokenizer)}
+    known = training_captions(dataset, tokenizer)
+    figures = {**scores.corpus, **describe(records, known, seconds, tokenizer)}
     wrong = failures.shown(failures.kinds(records, tokenizer), report.SHOWN)
-    if "train" in dataset.splits:
-        shown = {record["image_id"] for record in report.looked_at(records, wrong)}
-        chosen = [record for record in records if record["image_id"] in shown]
-        known = failures.nearest(
-            [record["caption"] for record in chosen], dataset.training_captions(), tokenizer
-        )
-        for record, found in zip(chosen, known, strict=True):
-            record["nearest"] = found
+    shown = {record["image_id"] for record in report.looked_at(records, wrong)}
+    chosen = [record for record in records if record["image_id"] in shown]
+    told = [tokenizer.scored(record["caption"]) for record in chosen]
+    for record, found in zip(chosen, failures.nearest(told, known), strict=True):
+        record["nearest"] = found
     tables = report.tables(records)
     card = Scorecard(
         figures,
@@ -121,10 +119,21 @@ def make(
     return card
 
 
+def training_captions(dataset: DataSet, tokenizer: Tokenizer) -> dict[tuple[str, ...], str]:
+    """What people wrote of the training pictures, by its words; empty without a training split."""
+    if "train" not in dataset.splits:
+        return {}
+    return {tuple(tokenizer.scored(text)): text for text in dataset.training_captions()}
+
+
 def describe(
-    records: list[dict[str, Any]], dataset: DataSet, seconds: float, tokenizer: Tokenizer
+    records: list[dict[str, Any]],
+    known: Mapping[tuple[str, ...], str],
+    seconds: float,
+    tokenizer: Tokenizer,
 ) -> dict[str, float]:
-    """Figures that need no reference captions, and the pointing game."""
+    """Figures that need no reference captions, and the pointing game. known: as
+    `training_captions` gives it, of which a captioner may repeat whole captions."""
     told = [tokenizer.scored(record["caption"]) for record in records]
     figures = {
         "images": float(len(records)),
@@ -133,9 +142,7 @@ def describe(
         "different captions": float(len({tuple(words) for words in told})),
         "images per second": len(records) / seconds,
     }
-    if "train" in dataset.splits:
-        # what people wrote, of which a captioner may know whole captions
-        known = {tuple(tokenizer.scored(caption)) for caption in dataset.training_captions()}
+    if known:
         novel = sum(tuple(words) not in known for words in told)
         figures["share of novel captions"] = novel / len(told)
     calibrated = calibration.calibration(records)

@@ -21,6 +21,14 @@ CACHED = 2**19
 cache. Otherwise most of attention's time there goes into writing to newly allocated memory."""
 
 
+def projection(region_dim: int, projected_dim: int | None) -> tuple[nn.Module, int]:
+    """What regions pass before attention, and their dimension then: a linear map to
+    `projected_dim` and a ReLU, or nothing if that is None."""
+    if projected_dim is None:
+        return nn.Identity(), region_dim
+    return nn.Sequential(nn.Linear(region_dim, projected_dim), nn.ReLU()), projected_dim
+
+
 class AdditiveAttention(nn.Module):
     """v . tanh(query + W region), softmax over the regions (Bahdanau et al., 1409.0473, A.1.2).
 

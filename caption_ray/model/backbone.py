@@ -78,7 +78,7 @@ def cannot_download(config: EncoderConfig, what: str, error: Exception) -> Conne
     )
 
 
-def did_you_mean(name: str, valid: Collection[str]) -> str:
-    """The end of a sentence that refuses a name."""
+def did_you_mean(name: str, valid: Collection[str], prefix: str = "") -> str:
+    """The end of a sentence that refuses a name. prefix: what all valid names begin with."""
     close = difflib.get_close_matches(name, valid, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ", such as resnet50"
+    return f"; did you mean {' or '.join(close)}?" if close else f", such as {prefix}resnet50"

@@ -18,6 +18,7 @@ from caption_ray.model.attention import (
     Attended,
     AttendedOnce,
     AttendedOverTime,
+    projection,
 )
 from caption_ray.model.decoder import (
     PAD,
@@ -62,11 +63,7 @@ class SoftAttentionDecoder(RecurrentDecoder):
         super().__init__()
         self.config = config
         hidden, word_dim = config.hidden_dim, config.embedding_dim
-        if config.region_dim is None:
-            self.project: nn.Module = nn.Identity()
-        else:
-            self.project = nn.Sequential(nn.Linear(region_dim, config.region_dim), nn.ReLU())
-            region_dim = config.region_dim
+        self.project, region_dim = projection(region_dim, config.region_dim)
         self.attention = AdditiveAttention(region_dim, config.attention_dim)
         self.embedding = nn.Embedding(vocab_size, word_dim)
         self.dropout = nn.Dropout(config.dropout)

@@ -40,15 +40,16 @@ def build(config: EncoderConfig, state: dict[str, Tensor] | None) -> Backbone:
     """
     name = check_name(config)
     about = _about(name)
-    missing: frozenset[str] = frozenset()
-    if state is not None:
-        module, missing = _loaded(name, config, state)
-    elif config.weights == "none":
-        module = _created(name, config)
-    else:
-        check_weights(config)
-        module = _downloaded(name, config)
-    return Backbone(module, TimmFeatures(), about.mean, about.std, about.input_size[-1], missing)
+    with _missing_keys() as missing:
+        if state is not None:
+            module = _loaded(name, config, state)
+        elif config.weights == "none":
+            module = _created(name, config)
+        else:
+            check_weights(config)
+            module = _downloaded(name, config)
+    size = about.input_size[-1]
+    return Backbone(module, TimmFeatures(), about.mean, about.std, size, frozenset(missing))
 
 
 def interpolation(config: EncoderConfig) -> Literal["bilinear", "bicubic"]:
@@ -66,7 +67,7 @@ def check_name(config: EncoderConfig) -> str:
     if not timm.is_model(model):
         raise ValueError(
             f"--model.encoder.name is {config.name!r}: timm {timm.__version__} has no such model"
-            + did_you_mean(name, timm.list_models()).replace("resnet50", f"{PREFIX}resnet50")
+            + did_you_mean(config.name, [PREFIX + known for known in timm.list_models()], PREFIX)
         )
     if not tag and config.weights in _tags(model):
         name = f"{model}.{config.weights}"
@@ -199,18 +200,14 @@ def _created(name: str, config: EncoderConfig, **options: Any) -> nn.Module:
         raise wrong_image_size(config, about.input_size[-1], error) from error
 
 
-def _loaded(
-    name: str, config: EncoderConfig, state: dict[str, Tensor]
-) -> tuple[nn.Module, frozenset[str]]:
-    """The model with a state dict, in timm's form or one that timm converts, and the names of what
-    it lacked; positions are interpolated to the image size."""
-    with _missing_keys() as missing:
-        try:
-            overlay = {"state_dict": own_names(state), "source": None}
-            module = _created(name, config, pretrained=True, pretrained_cfg_overlay=overlay)
-        except (RuntimeError, KeyError) as error:  # other shapes or names than the model's
-            raise wrong_weights(config, "; ".join(str(error).split("\n\t")[:3])) from error
-    return module, frozenset(missing)
+def _loaded(name: str, config: EncoderConfig, state: dict[str, Tensor]) -> nn.Module:
+    """The model with a state dict, in timm's form or one that timm converts; positions are
+    interpolated to the image size."""
+    overlay = {"state_dict": own_names(state), "source": None}
+    try:
+        return _created(name, config, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError) as error:  # other shapes or names than the model's
+        raise wrong_weights(config, "; ".join(str(error).split("\n\t")[:3])) from error
 
 
 def _downloaded(name: str, config: EncoderConfig) -> nn.Module:

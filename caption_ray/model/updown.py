@@ -17,6 +17,7 @@ from caption_ray.model.attention import (
     Attended,
     AttendedOnce,
     AttendedOverTime,
+    projection,
 )
 from caption_ray.model.decoder import PAD, DecoderOutput, Memory, State, StepOutput
 from caption_ray.model.fused import AttendedFused, fused
@@ -60,11 +61,7 @@ class TopDownDecoder(RecurrentDecoder):
         super().__init__()
         hidden, word_dim = config.hidden_dim, config.embedding_dim
         self.hidden_dim, self.attention_dim = hidden, config.attention_dim
-        if config.region_dim is None:
-            self.project: nn.Module = nn.Identity()
-        else:
-            self.project = nn.Sequential(nn.Linear(region_dim, config.region_dim), nn.ReLU())
-            region_dim = config.region_dim
+        self.project, region_dim = projection(region_dim, config.region_dim)
         self.attention = AdditiveAttention(region_dim, config.attention_dim)
         self.embedding = nn.Embedding(vocab_size, word_dim)
         self.dropout = nn.Dropout(config.dropout)

@@ -231,7 +231,10 @@ def test_captions_that_nobody_wrote_for_training_are_novel(shards: str, local_ra
     known = rows[-1]["captions"][0]
     told = [known, known.upper() + ".", "nobody ever wrote this", "nor this"]
     records = [{"caption": caption, "objects": []} for caption in told]
-    figures = scorecard.describe(records, dataset, 1.0, PTB)
+    learnt = scorecard.training_captions(dataset, PTB)
+    figures = scorecard.describe(records, learnt, 1.0, PTB)
     assert figures["share of novel captions"] == 0.5
     alone = dataclasses.replace(dataset, splits={"val": dataset.splits["val"]})
-    assert "share of novel captions" not in scorecard.describe(records, alone, 1.0, PTB)
+    assert "share of novel captions" not in scorecard.describe(
+        records, scorecard.training_captions(alone, PTB), 1.0, PTB
+    )
