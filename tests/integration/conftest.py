@@ -46,6 +46,9 @@ ALONE = {
 }  # fmt: skip
 """Files whose tests tell by time what is late from what is dead: Ray's nodes, proxies, servers."""
 
+RAY_OF_THEIR_OWN = ALONE | {"test_another_ray", "test_coco_on_s3", "test_kills", "test_vanishing"}
+"""Files whose tests start Ray themselves, as a user's commands do."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -53,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
             if item.path.stem in ALONE:
                 item.add_marker(pytest.mark.alone)
+        if item.path.stem in RAY_OF_THEIR_OWN or "local_ray" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(scope="session")

@@ -99,11 +99,11 @@ def test_a_compressed_body_is_what_it_holds(
         ("gzip, gzip", b"x", 415, "Content-Encoding is 'gzip, gzip'"),
         ("x" * 5000, b"x", 415, "send gzip, deflate or none"),
         ("gzip", b"no gzip", 400, "the body is no gzip, as its Content-Encoding says"),
-        ("gzip", gzip.compress(b"a" * 1000)[:-9], 400, "it breaks off"),
-        ("gzip", gzip.compress(b"a") + b"rest", 400, "the body is no gzip"),
-        ("deflate", gzip.compress(b"a"), 400, "the body is no deflate"),
-        ("gzip", gzip.compress(b""), 400, "the body is empty"),
-        ("gzip", gzip.compress(bytes(MAX_BODY_BYTES + 1)), 413, "more than"),
+        ("gzip", gzip.compress(b"a" * 1000, mtime=0)[:-9], 400, "it breaks off"),
+        ("gzip", gzip.compress(b"a", mtime=0) + b"rest", 400, "the body is no gzip"),
+        ("deflate", gzip.compress(b"a", mtime=0), 400, "the body is no deflate"),
+        ("gzip", gzip.compress(b"", mtime=0), 400, "the body is empty"),
+        ("gzip", gzip.compress(bytes(MAX_BODY_BYTES + 1), mtime=0), 413, "more than"),
     ],
 )
 def test_what_cannot_be_unpacked_is_refused(
