@@ -90,11 +90,11 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run with one checkpoint: an untrained captioner of 32 pixels that knows shapes' words."""
     import dataclasses
 
-    import numpy as np
     import torch
 
     from caption_ray import config
     from caption_ray.captioning import checkpoint, run_folder
+    from caption_ray.data.ledger import Ledger
     from caption_ray.data.vocabulary import Vocabulary
     from caption_ray.model.captioner import build_captioner
 
@@ -112,7 +112,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     state = checkpoint.State(1, 1, 0, {}, None)
     scratch, run = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("tiny-run")
     search = config.SearchConfig(beam_size=2, max_length=8)
-    ledger = np.zeros(1, bool)
+    ledger = Ledger([1])
     checkpoint.save(scratch, captioner, vocabulary, model, search, state, {}, ledger)
     run_folder.commit(scratch, str(run), state, keep=1, is_best=True)
     return str(run)

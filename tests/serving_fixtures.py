@@ -27,6 +27,7 @@ from vocabularies import vocabulary_of
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.predictor import Caption, Predictor, prepare_with_box
 from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, SearchConfig
+from caption_ray.data.ledger import Ledger
 from caption_ray.model.captioner import build_captioner
 from caption_ray.serving.contract import Answer, NextWords, Options, Status
 from caption_ray.serving.http import build_http
@@ -61,7 +62,7 @@ def _save_run(
     scratch = run.parent / f"{run.name}-scratch-{step}"
     checkpoint.save(
         scratch, captioner, vocabulary, model, SearchConfig(beam_size=2, max_length=6), state,
-        optimizer={}, ledger=np.zeros(1, bool),
+        optimizer={}, ledger=Ledger([1]),
     )  # fmt: skip
     return run_folder.commit(scratch, str(run), state, keep=5, is_best=True)
 

@@ -140,7 +140,9 @@ def test_few_modules_need_ray():
     assert need == NEED_RAY
 
 
-@pytest.mark.parametrize("module", ["data.plan", "data.preparation", "data.transforms"])
+@pytest.mark.parametrize(
+    "module", ["data.ledger", "data.plan", "data.preparation", "data.transforms"]
+)
 def test_pure_functions_of_data_know_no_storage(module):
     assert "storage" not in _loads_with(module)
 

@@ -17,6 +17,7 @@ from caption_ray import config, storage
 from caption_ray.benchmark import measuring
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.config import Count, Uri
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
 from caption_ray.training import loop
@@ -77,7 +78,7 @@ def _measure(options: Checkpoint, local: Path, target: str) -> None:
         extra = {"optimizer": optimizer.state_dict()}
         checkpoint.save(
             folder, captioner, vocabulary, preset.model, preset.search, state, extra,
-            np.zeros(120_000, bool),
+            Ledger([500] * 240),
         )  # fmt: skip
 
         def commit() -> None:

@@ -32,6 +32,7 @@ from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.predictor import Predictor
 from caption_ray.config import Count, Parallel, Uri
 from caption_ray.data import shapes
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
 from caption_ray.serving import app
@@ -311,7 +312,7 @@ def untrained_checkpoint(folder: Path) -> str:
     torch.manual_seed(0)
     captioner = build_captioner(preset.model, len(vocabulary), None, pretrained=False)
     state = checkpoint.State(0, 0, 0, {}, None)
-    ledger = np.zeros(1, bool)
+    ledger = Ledger([1])
     scratch = folder / "scratch"
     checkpoint.save(
         scratch, captioner, vocabulary, preset.model, preset.search, state, {}, ledger

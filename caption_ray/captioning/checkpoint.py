@@ -5,7 +5,7 @@
       config.json           model and search settings
       vocabulary.json
       state.json            step, epoch, metrics, tracker id
-      ledger.npy            which pictures of the epoch were seen (bool)
+      ledger.npz            which pictures of the epoch were seen, by shard
       optimizer.pt          only needed to resume
       manifest.json         size and checksum of each of these files; written last
 
@@ -33,13 +33,16 @@ from torch import Tensor
 
 from caption_ray import storage
 from caption_ray.config import ModelConfig, SearchConfig, from_dict, to_dict
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.transforms import mode_of
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner, build_captioner
 from caption_ray.model.ensemble import Ensemble
 
 MODEL, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.json"
-STATE, LEDGER, OPTIMIZER, MANIFEST = "state.json", "ledger.npy", "optimizer.pt", "manifest.json"
+STATE, LEDGER, OPTIMIZER, MANIFEST = "state.json", "ledger.npz", "optimizer.pt", "manifest.json"
+EARLIER_LEDGER = "ledger.npy"
+"""What earlier versions wrote: a bool for each picture. They refuse checkpoints without it."""
 
 
 class CheckpointError(ValueError):
@@ -97,14 +100,12 @@ def save(
     search: SearchConfig,
     state: State,
     optimizer: dict[str, Any],
-    ledger: NDArray[np.bool_],
+    ledger: Ledger,
 ) -> None:
     """Write all files of a checkpoint to a local folder; `optimizer`: tensors and plain values that
     only resuming needs."""
     buffer = io.BytesIO()
     torch.save(optimizer, buffer)
-    seen = io.BytesIO()
-    np.save(seen, ledger, allow_pickle=False)
     weights = {name: tensor.contiguous() for name, tensor in captioner.state_dict().items()}
     config = {"model": to_dict(model), "search": to_dict(search)}
     files = {
@@ -112,7 +113,7 @@ def save(
         CONFIG: json.dumps(config, indent=1).encode(),
         VOCABULARY: vocabulary.to_json().encode(),
         STATE: json.dumps(dataclasses.asdict(state), indent=1).encode(),
-        LEDGER: seen.getvalue(),
+        LEDGER: ledger.to_bytes(),
         OPTIMIZER: buffer.getvalue(),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,16 +312,43 @@ def differences(one: ModelConfig, other: ModelConfig) -> str:
     return ", ".join(found)
 
 
-Resumed: TypeAlias = tuple[State, dict[str, Any], NDArray[np.bool_]]
+Resumed: TypeAlias = tuple[State, dict[str, Any], Ledger]
 
 
-def load_for_resume(uri: str, captioner: Captioner, device: torch.device) -> Resumed:
-    """Load weights into `captioner`; returns state, what `save` got as `optimizer`, and ledger."""
-    files = _read(uri, [MODEL, STATE, OPTIMIZER, LEDGER])
+def load_for_resume(
+    uri: str, captioner: Captioner, device: torch.device, sizes: NDArray[np.int64]
+) -> Resumed:
+    """Load weights into `captioner`; returns state, what `save` got as `optimizer`, and ledger.
+
+    sizes: (shards,), pictures in each shard of the training split. Raises CheckpointError if a file
+    is missing or damaged, and if the weights do not fit the captioner or the ledger those sizes.
+    """
+    kept = EARLIER_LEDGER if EARLIER_LEDGER in _read_manifest(uri) else LEDGER
+    files = _read(uri, [MODEL, STATE, OPTIMIZER, kept])
     try:
         _load_weights(captioner, load_safetensors(files[MODEL]))
+        ledger = _parse_ledger(files, sizes)
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{uri}: does not fit: {error}") from error
     extra = torch.load(io.BytesIO(files[OPTIMIZER]), map_location=device, weights_only=True)
-    ledger = np.load(io.BytesIO(files[LEDGER]), allow_pickle=False)
     return _parse_state(uri, files), extra, ledger
+
+
+def _parse_ledger(files: dict[str, bytes], sizes: NDArray[np.int64]) -> Ledger:
+    if LEDGER in files:
+        ledger = Ledger.from_bytes(files[LEDGER])
+        if not np.array_equal(ledger.sizes, sizes):
+            raise ValueError(f"{LEDGER} is of {_told(ledger.sizes)}, training has {_told(sizes)}")
+        return ledger
+    seen = np.load(io.BytesIO(files[EARLIER_LEDGER]), allow_pickle=False)
+    if seen.shape != (sizes.sum(),):
+        raise ValueError(
+            f"{EARLIER_LEDGER} is of {len(seen)} pictures, training has {_told(sizes)}"
+        )
+    ledger = Ledger(sizes)
+    ledger.mark(np.flatnonzero(seen))
+    return ledger
+
+
+def _told(sizes: NDArray[np.int64]) -> str:
+    return f"{sizes.sum()} pictures in {len(sizes)} shards"

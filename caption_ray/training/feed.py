@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from caption_ray import cluster
 from caption_ray.config import Config
 from caption_ray.data.dataset import DataSet
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.pipeline import Batch, TooManyBadImages, batches
 from caption_ray.data.plan import plan_epoch
 from caption_ray.data.preparation import Preparation
@@ -47,18 +48,18 @@ class Feed:
         self.rank, self.world_size = rank, world_size
         self.device = device
         self.decode_cpus, self.decode_threads = decode_cpus, decode_threads
-        self.ledger: NDArray[np.bool_] = np.zeros(sum(dataset.rows("train")), bool)
+        self.ledger = Ledger(dataset.rows("train"))
         """Which pictures this epoch has seen, as far as this rank knows."""
         self.errors: list[str] = []
         """The epoch's unreadable pictures of this rank, with reasons."""
         self._waited = 0.0
 
-    def num_pictures(self, consumed: NDArray[np.bool_] | None = None) -> int:
+    def num_pictures(self, consumed: Ledger | None = None) -> int:
         """Pictures of an epoch, or of what is left of it, over all ranks."""
-        wanted = np.ones_like(self.ledger) if consumed is None else ~consumed
-        return int(wanted[: self.config.data.max_images].sum())
+        ledger = Ledger(self.ledger.sizes) if consumed is None else consumed
+        return int(ledger.left(self.config.data.max_images).sum())
 
-    def num_steps(self, consumed: NDArray[np.bool_] | None = None) -> int:
+    def num_steps(self, consumed: Ledger | None = None) -> int:
         """Steps of an epoch: as many as the largest share needs, so that all ranks take the same
         number without communicating."""
         share = math.ceil(self.num_pictures(consumed) / self.world_size)
@@ -101,7 +102,7 @@ class Feed:
 
     def seen(self, numbers: NDArray[np.int64]) -> None:
         """Record in the ledger that these pictures were trained on."""
-        self.ledger[numbers] = True
+        self.ledger.mark(numbers)
 
     def take_wait(self) -> float:
         """Seconds spent waiting for pictures since the last call."""
@@ -110,15 +111,20 @@ class Feed:
 
     def end_epoch(self) -> None:
         """Reset the ledger: the next epoch has seen nothing yet."""
-        self.ledger[:] = False
+        self.ledger.clear()
         self.errors = []
 
-    def shared_ledger(self) -> NDArray[np.bool_]:
+    def shared_ledger(self) -> Ledger:
         """The pictures that any rank has seen (a collective: every rank must call it)."""
-        ledger = torch.from_numpy(self.ledger).to(self.device, torch.uint8)
+        return self.ledger.united(self._largest)
+
+    def _largest(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The element-wise maximum over all ranks (a collective: every rank must call it)."""
+        reduced = torch.tensor(values, device=self.device)
         if dist.is_initialized():
-            dist.all_reduce(ledger, op=dist.ReduceOp.MAX)
-        return ledger.bool().cpu().numpy()
+            dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+        largest: NDArray[np.uint8] = reduced.cpu().numpy()
+        return largest
 
     def _batches(self, split: str, epoch: int | None) -> Iterator[Batch]:
         """For training (epoch given): shuffled, augmented, without what the ledger holds. For
@@ -154,6 +160,8 @@ class Feed:
         )
 
     def _note_errors(self, errors: list[str], epoch: int) -> None:
+        if not errors:
+            return
         self.errors += errors
         share = self.num_pictures() / self.world_size
         if len(self.errors) > self.config.data.max_bad_images * share:

@@ -247,7 +247,8 @@ class _Worker:
         """The checkpoint at `uri`; CheckpointError on all ranks if one of them cannot load it."""
         resumed, errors = None, []
         try:
-            resumed = checkpoint.load_for_resume(uri, self.captioner, self.device)
+            sizes = self.feed.ledger.sizes
+            resumed = checkpoint.load_for_resume(uri, self.captioner, self.device, sizes)
         except CheckpointError as error:
             errors = [str(error)]
         errors = loop.gathered(errors)

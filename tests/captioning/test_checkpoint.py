@@ -1,10 +1,12 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from interleaving import cut_off_at
+from ledgers import ledger_of, mask_of
 
 from caption_ray import config, storage
 from caption_ray.captioning import checkpoint, run_folder
@@ -13,6 +15,7 @@ from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
 
 VOCABULARY = Vocabulary(["a", "red", "circle"])
+SIZES = np.array([1, 2])
 
 
 def _config(**decoder):
@@ -40,7 +43,7 @@ def _commit(tmp_path, run, step, *, model=None, keep=2, **options):
         config.SearchConfig(),
         state,
         optimizer.state_dict(),
-        np.array([True, False, True]),
+        ledger_of(SIZES, [True, False, True]),
     )
     uri = run_folder.commit(folder, str(run), state, keep=keep, **options)
     return captioner, uri
@@ -69,11 +72,49 @@ def test_serving_files_need_no_pickle(tmp_path, monkeypatch):
 def test_resuming_brings_back_state_optimizer_and_ledger(tmp_path):
     captioner, uri = _commit(tmp_path, tmp_path / "run", 3)
     other = build_captioner(_config(), len(VOCABULARY), None, pretrained=True)
-    state, optimizer, ledger = checkpoint.load_for_resume(uri, other, torch.device("cpu"))
-    assert (state.step, state.tracker_id, ledger.tolist()) == (3, "abc", [True, False, True])
+    state, optimizer, ledger = checkpoint.load_for_resume(uri, other, torch.device("cpu"), SIZES)
+    assert (state.step, state.tracker_id) == (3, "abc")
+    assert mask_of(ledger).tolist() == [True, False, True]
     assert "param_groups" in optimizer
     for name, weight in captioner.state_dict().items():
         assert torch.equal(other.state_dict()[name], weight)
+
+
+def _as_written_before(uri, seen):
+    """Give a checkpoint the ledger of earlier versions, a bool for each picture."""
+    folder = Path(uri)
+    (folder / checkpoint.LEDGER).unlink()
+    np.save(folder / checkpoint.EARLIER_LEDGER, np.array(seen))
+    data = (folder / checkpoint.EARLIER_LEDGER).read_bytes()
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    del manifest[checkpoint.LEDGER]
+    manifest[checkpoint.EARLIER_LEDGER] = {"bytes": len(data), "digest": storage.checksum(data)}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_with_a_bool_for_each_picture_still_resumes(tmp_path):
+    _, uri = _commit(tmp_path, tmp_path / "run", 3)
+    _as_written_before(uri, [True, False, True])
+    captioner = build_captioner(_config(), len(VOCABULARY), None, pretrained=True)
+    *_, ledger = checkpoint.load_for_resume(uri, captioner, torch.device("cpu"), SIZES)
+    assert mask_of(ledger).tolist() == [True, False, True]
+    assert ledger.left().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("written_before", [False, True])
+def test_a_ledger_of_other_pictures_is_refused(tmp_path, written_before):
+    _, uri = _commit(tmp_path, tmp_path / "run", 3)
+    if written_before:
+        _as_written_before(uri, [True, False, True])
+    captioner = build_captioner(_config(), len(VOCABULARY), None, pretrained=True)
+    with pytest.raises(CheckpointError, match=r"of 3 pictures.*has 4 pictures in 2 shards"):
+        checkpoint.load_for_resume(uri, captioner, torch.device("cpu"), np.array([2, 2]))
+
+
+def test_earlier_versions_refuse_a_checkpoint_without_their_ledger(tmp_path):
+    _, uri = _commit(tmp_path, tmp_path / "run", 3)
+    with pytest.raises(CheckpointError, match="which has no ledger.npy"):
+        checkpoint._read(uri, [checkpoint.EARLIER_LEDGER])
 
 
 def test_an_unfinished_checkpoint_is_never_found(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.checkpoint import CheckpointError, Loaded, State
 from caption_ray.captioning.predictor import Images, Predictor, prepare
 from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, SearchConfig
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.transforms import ImageError
 from caption_ray.data.vocabulary import END, START, Vocabulary
 from caption_ray.model.captioner import build_captioner
@@ -211,7 +212,7 @@ def test_a_saved_checkpoint_captions_alike(
     folder = tmp_path / "local"
     checkpoint.save(
         folder, loaded.captioner, loaded.vocabulary, loaded.model, loaded.search, loaded.state,
-        optimizer={}, ledger=np.zeros(1, bool),
+        optimizer={}, ledger=Ledger([1]),
     )  # fmt: skip
     uri = run_folder.commit(folder, str(run), loaded.state, keep=1, is_best=True)
     for place in (uri, str(run), str(run.parent)):

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import swift_server
 import yaml
+from ledgers import mask_of
 from patience import scaled, wait_until
 from safetensors.numpy import load_file
 
@@ -215,7 +216,7 @@ class _Run:
         print(self.table[-1], flush=True)
 
     def checkpoints(self) -> list[tuple[dict[str, Any], np.ndarray]]:
-        """State and ledger of every checkpoint that was ever committed, by step."""
+        """State and ledger, as a mask, of every checkpoint that was ever committed, by step."""
 
         def fetch() -> list[tuple[dict[str, Any], np.ndarray]]:
             pages = self.client.get_paginator("list_objects_v2")
@@ -231,9 +232,7 @@ class _Run:
                     self.client.get_object(Bucket=BUCKET, Key=f"{folder}/{name}")["Body"]
                     for name in (checkpoint.STATE, checkpoint.LEDGER)
                 )
-                path = self.log.with_suffix(".npy")
-                path.write_bytes(ledger.read())
-                found.append((json.loads(state.read()), np.load(path)))
+                found.append((json.loads(state.read()), mask_of(ledger.read())))
             return found
 
         return self.s3.call(fetch)

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import boto3
-import numpy as np
 import pytest
 import torch
 from killing import FILE_CHANGES, REQUESTS, count, ingest_without_ray, kill, spread
@@ -19,6 +18,7 @@ from patience import scaled
 from caption_ray import config, storage
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data.ingest import RECEIPTS
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import build_captioner
 
@@ -120,7 +120,7 @@ def saved(tmp_path_factory):
         state = checkpoint.State(step, 1, 0, {"val/loss": 1.0 / step}, None)
         folder = tmp_path_factory.mktemp(f"step-{step}")
         optimizer = {"state": torch.zeros(PARTS if step == 2 else 9, dtype=torch.uint8)}
-        ledger = np.ones(4, bool)
+        ledger = Ledger([4])
         search = config.SearchConfig()
         checkpoint.save(folder, captioner, vocabulary, model, search, state, optimizer, ledger)
         folders[step] = (folder, state)
