@@ -14,6 +14,7 @@ from caption_ray.benchmark import (
     cache,
     checkpoint,
     decode,
+    epochs,
     memory,
     model,
     pipeline,
@@ -34,6 +35,7 @@ SECTIONS = {
     "search": (search.Search, search.run),
     "serve": (serve.Serve, serve.run),
     "checkpoint": (checkpoint.Checkpoint, checkpoint.run),
+    "epochs": (epochs.Epochs, epochs.run),
     "memory": (memory.Memory, memory.run),
 }
 

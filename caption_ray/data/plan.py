@@ -27,7 +27,7 @@ class ShardSlice:
 
 
 def plan_epoch(
-    rows_per_shard: Sequence[int],
+    rows_per_shard: Sequence[int] | NDArray[np.int64],
     *,
     rank: int,
     world_size: int,
@@ -44,6 +44,7 @@ def plan_epoch(
     """
     assert 0 <= rank < world_size
     ledger = Ledger(rows_per_shard) if consumed is None else consumed
+    assert np.array_equal(ledger.sizes, rows_per_shard), "the ledger of another split"
     left = ledger.left(limit)
     order = np.arange(len(left))
     if shuffle is not None:
