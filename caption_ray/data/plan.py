@@ -54,9 +54,11 @@ def plan_epoch(
     ends = np.cumsum(left[order])
     bounds = np.linspace(0, left.sum(), world_size + 1).round().astype(int)
     begin, end = bounds[rank], bounds[rank + 1]
+    if begin == end:
+        return []
     first_place, last_place = np.searchsorted(ends, [begin, end - 1], side="right")
     slices = []
-    for place in range(first_place, last_place + 1) if begin < end else ():
+    for place in range(first_place, last_place + 1):
         shard = int(order[place])
         if not left[shard]:
             continue
