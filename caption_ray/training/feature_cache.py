@@ -27,7 +27,8 @@ from caption_ray import cluster, storage
 from caption_ray.config import Config, DataConfig, EncoderConfig, require
 from caption_ray.data import feature_shards, receipts
 from caption_ray.data.dataset import DataSet, FeatureFile, ShardFile, Unit, open_shards
-from caption_ray.data.plan import plan_epoch
+from caption_ray.data.ledger import Ledger
+from caption_ray.data.plan import ShardSlice
 from caption_ray.data.preparation import Preparation
 from caption_ray.data.read_tasks import SliceSource
 from caption_ray.data.shards import Shard
@@ -124,7 +125,7 @@ def with_features(
     }
     if any(missing.values()):
         storage.write_bytes(storage.join(folder, ABOUT_FILE), json.dumps(about, indent=1).encode())
-        rows = sum(dataset.rows(split)[n] for split, numbers in missing.items() for n in numbers)
+        rows = sum(dataset.splits[split][n].rows for split in missing for n in missing[split])
         size = rows * math.prod(encoder.grid) * encoder.region_dim * np.float16().itemsize
         print(
             f"Encoding {rows} pictures once, into {folder} ({size / 1e9:.1f} GB; --data.features "
@@ -177,8 +178,7 @@ def _key(about: Mapping[str, Any]) -> str:
 
 def _units(dataset: DataSet, split: str, limit: int | None) -> list[int]:
     """Numbers of the units that hold the first `limit` pictures."""
-    slices = plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None, limit=limit)
-    return [shard_slice.shard for shard_slice in slices]
+    return [int(number) for number in np.flatnonzero(Ledger(dataset.rows(split)).left(limit))]
 
 
 def _name(number: int) -> str:
@@ -200,11 +200,9 @@ def _encode(
     finished."""
     if not numbers:
         return
-    slices = [
-        shard_slice
-        for shard_slice in plan_epoch(dataset.rows(split), rank=0, world_size=1, shuffle=None)
-        if shard_slice.shard in set(numbers)
-    ]
+    rows = dataset.rows(split)
+    firsts = Ledger(rows).firsts
+    slices = [ShardSlice(n, np.arange(rows[n]), int(firsts[n])) for n in numbers]
     names = {shard_slice.first: _name(shard_slice.shard) for shard_slice in slices}
     # captions are kept as text; the vocabulary plays no part here
     untouched = DataConfig(captions_per_image=1, min_crop=1.0, flip=False)
