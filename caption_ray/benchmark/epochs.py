@@ -58,7 +58,7 @@ def run(options: Epochs) -> None:
             ledger = Ledger(sizes)
             if place == "middle":
                 _read_half(ledger, options.workers)
-            title = f"{pictures // 1_000_000} million, {place}"
+            title = f"{pictures:,}, {place}"
             found[title] = _measure(title, ledger, options.workers, rounds)
     measuring.record(
         {"section": "epochs", "shards": options.shards, "workers": options.workers, "at": found}
