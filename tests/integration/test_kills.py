@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 import torch
 from killing import FILE_CHANGES, REQUESTS, count, ingest_without_ray, kill, spread
@@ -25,6 +26,8 @@ from caption_ray.model.captioner import build_captioner
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = 9 << 20
 """Bytes of the optimizer state in the commit that is killed: it goes to S3 in two parts."""
+SIZES = np.array([4])
+"""Pictures in each shard, of which the checkpoints have a ledger."""
 
 
 def _contents(folder):
@@ -120,7 +123,7 @@ def saved(tmp_path_factory):
         state = checkpoint.State(step, 1, 0, {"val/loss": 1.0 / step}, None)
         folder = tmp_path_factory.mktemp(f"step-{step}")
         optimizer = {"state": torch.zeros(PARTS if step == 2 else 9, dtype=torch.uint8)}
-        ledger = Ledger([4])
+        ledger = Ledger(SIZES)
         search = config.SearchConfig()
         checkpoint.save(folder, captioner, vocabulary, model, search, state, optimizer, ledger)
         folders[step] = (folder, state)
@@ -138,7 +141,7 @@ def _assert_good(run, steps):
     for uri in {run_folder.find(run, which) for which in run_folder.POINTERS}:
         loaded = checkpoint.load(uri)
         assert loaded.state.step in steps
-        checkpoint.load_for_resume(uri, loaded.captioner, torch.device("cpu"))
+        checkpoint.load_for_resume(uri, loaded.captioner, torch.device("cpu"), SIZES)
 
 
 def _sweep(saved, runs, events, points, leftovers):
