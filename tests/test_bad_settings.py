@@ -377,6 +377,11 @@ def test_every_preset_stands_the_checks(preset):
     if settings.train.stage == "self-critical":
         train = dataclasses.replace(settings.train, start_from="a run")
         settings = dataclasses.replace(settings, train=train)
+    if settings.data.ingest:
+        with pytest.raises(ValueError, match="it needs --data.source, the pictures to ingest"):
+            trainer.check(settings)
+        data = dataclasses.replace(settings.data, source="pictures")
+        settings = dataclasses.replace(settings, data=data)
     trainer.check(settings)
 
 

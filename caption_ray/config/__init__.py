@@ -34,6 +34,7 @@ from caption_ray.config.presets import (
     coco_self_critical,
     coco_transformer,
     coco_transformer_self_critical,
+    photos,
     seed,
     shapes,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "from_environment",
     "parse",
     "parse_arguments",
+    "photos",
     "require",
     "seed",
     "shapes",

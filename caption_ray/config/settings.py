@@ -327,12 +327,6 @@ def _check_together(config: Config) -> None:
         data.source,
         f"give it or --data.shards ({data.shards!r}), not both",
     )
-    require(
-        not data.ingest or data.source is not None,
-        "data.ingest",
-        data.ingest,
-        "it needs --data.source, the pictures to ingest",
-    )
     for option, value, plain in (
         ("model.encoder.drop-path", config.model.encoder.drop_path, 0.0),
         ("train.encoder-layer-decay", train.encoder_layer_decay, 1.0),
