@@ -22,7 +22,8 @@ from PIL import Image
 from running_jobs import run_job
 
 from caption_ray import config
-from caption_ray.data.sources import find_splits, read_picture
+from caption_ray.data.formats import find_splits
+from caption_ray.data.locations import read_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "caption_ray"
@@ -319,7 +320,11 @@ def test_help_of_every_job_is_enough_by_itself(name: str, tmp_path: Path) -> Non
     ("job", "arguments", "message"),
     [
         ("train", ["--train.epoch", "1"], "--train.epoch"),
-        ("ingest", ["--source", "/nowhere", "--out", "/tmp/none"], "/nowhere: no captions"),
+        (
+            "ingest",
+            ["--source", "/nowhere", "--out", "/tmp/none"],
+            "/nowhere: no captions in a format that is known",
+        ),
         (
             "caption",
             ["--images", "x", "--out", "y", "--checkpoint", "/nowhere"],

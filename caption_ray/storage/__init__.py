@@ -201,11 +201,12 @@ def checksum(data: Buffer) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def open_seekable(uri: str) -> BinaryIO:
-    """A read-only file object that fetches only the ranges that are read (zip directories)."""
+def open_seekable(uri: str, buffer_bytes: int = 1 << 20) -> BinaryIO:
+    """A read-only file object that fetches only the ranges that are read (zip directories), from
+    remote storage at least `buffer_bytes` at a time."""
     if scheme(uri) == "file":
         return _retried(uri, lambda _, where: opened(where))
-    return io.BufferedReader(_RangeFile(uri), buffer_size=1 << 20)
+    return io.BufferedReader(_RangeFile(uri), buffer_bytes)
 
 
 class _RangeFile(io.RawIOBase):

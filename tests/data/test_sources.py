@@ -5,8 +5,9 @@ import zipfile
 import pytest
 
 from caption_ray import storage
-from caption_ray.data import listing, sources
-from caption_ray.data.sources import PictureError, find_splits, read_picture
+from caption_ray.data import listing
+from caption_ray.data.formats import find_splits, pictures
+from caption_ray.data.locations import PictureError, read_picture
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_a_partial_download_is_taken_as_it_is(layout, gone, is_zipped):
 
 
 def test_one_picture_that_no_probe_hits_is_found_by_listing(layout, monkeypatch):
-    monkeypatch.setattr(sources, "PROBES", 3)
+    monkeypatch.setattr(pictures, "PROBES", 3)
     files = sorted((layout / "train").iterdir())
     for file in [*files[:7], *files[8:]]:
         file.unlink()
@@ -124,7 +125,7 @@ def test_a_large_source_is_not_listed_where_all_is_in_its_place(layout, monkeypa
     monkeypatch.setattr(storage, "exists", lambda uri: tried.append(uri) or exists(uri))
     monkeypatch.setattr(storage, "list_files", None)
     monkeypatch.setattr(listing, "files_below", None)
-    monkeypatch.setattr(sources, "PROBES", 8)
+    monkeypatch.setattr(pictures, "PROBES", 8)
     find_splits(str(layout))
     assert sum(uri.endswith(".jpg") for uri in tried) == 2 * 8
     tried.clear()
@@ -232,7 +233,7 @@ def test_a_damaged_zip_entry_is_noticed(layout):
 
 def test_an_entry_that_claims_to_be_huge_is_refused(layout, monkeypatch):
     _zip(layout)
-    monkeypatch.setattr("caption_ray.data.sources.MAX_PICTURE_BYTES", 10)
+    monkeypatch.setattr("caption_ray.data.locations.MAX_PICTURE_BYTES", 10)
     record = find_splits(str(layout))["train"].records[0]
     with pytest.raises(PictureError, match="corrupt: claims to unpack to"):
         read_picture(record.location)
@@ -246,7 +247,7 @@ def test_a_broken_zip_is_named(layout):
 
 
 def test_a_source_without_captions_or_pictures_says_what_was_looked_for(tmp_path, layout):
-    with pytest.raises(ValueError, match=r"no captions for split 'train'.*captions_train2017"):
+    with pytest.raises(ValueError, match=r"nothing: no captions in a .*; it holds nothing"):
         find_splits(str(tmp_path / "nothing"))
     shutil.rmtree(layout / "train")
     with pytest.raises(ValueError, match=r"no pictures: looked for train\.zip and for 0000"):

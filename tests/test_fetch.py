@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from caption_ray.serving import fetch as module
-from caption_ray.serving.fetch import FetchError, check_allow_list, fetch
+from caption_ray import fetch as module
+from caption_ray.fetch import FetchError, check_allow_list, fetch
 
 PICTURE = bytes(range(256)) * 400
 PUBLIC, OTHER_PUBLIC = "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"
@@ -442,7 +442,7 @@ def test_three_redirects_are_followed_and_a_loop_ends(web):
     web.seen.clear()
     web.answers["/0"] = lambda handler: send(handler, b"", 302, Location="/0")
     error = failure(f"{web.url}/0", web.host)
-    assert (error.kind, str(error)) == ("failed", f"{web.host}: more than 3 redirects")
+    assert (error.kind, str(error)) == ("failed", f"{web.host} redirects more than 3 times")
     assert len(web.seen) == 4
 
 
