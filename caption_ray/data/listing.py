@@ -17,9 +17,13 @@ SHOWN = 5
 """Names that a message lists."""
 
 
+MACOS = "__MACOSX"
+"""The folder that macOS leaves in archives."""
+
+
 def is_visible(path: str) -> bool:
     """Whether people put it there: not a hidden file, nor what macOS leaves in zips and folders."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+    return not any(part.startswith(".") or part == MACOS for part in path.split("/"))
 
 
 def files_below(

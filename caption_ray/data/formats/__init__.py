@@ -23,6 +23,7 @@ from caption_ray.data.formats import (
 )
 from caption_ray.data.formats.source import Source, Unfit
 from caption_ray.data.sources import SPLITS, Split
+from caption_ray.fetch import check_allow_list
 
 Find: TypeAlias = Callable[[Source, SourceConfig], dict[str, Split] | None]
 
@@ -83,6 +84,11 @@ def find_splits(
     """
     options = options or SourceConfig()
     wanted = shares.parse(options.split)
+    for host in options.hosts or ():
+        try:
+            check_allow_list([host])
+        except ValueError as error:
+            raise ValueError(f"--hosts {host}: {error}") from None
     place = Source(source, splits and tuple(split for split in splits if split not in wanted))
     if karpathy is not None and splits is None:
         place.splits = coco_layout.WITH_CAPTIONS
@@ -127,11 +133,11 @@ def _asked_for(
     for split in asked:
         if split not in there:
             has = ", ".join(f"{one} ({len(it.records)} pictures)" for one, it in there.items())
+            needs = FORMATS[name].needs.replace("_train", f"_{split}")
             raise ValueError(
-                f"{source}: no captions for split {split!r}; it has {has}. Add them ({name}: "
-                f"{FORMATS[name].needs.replace('_train', f'_{split}')}), take a share of the "
-                f"training pictures with --split {split}=0.02, or go without: --splits "
-                f"{' '.join(there)}"
+                f"{source}: no captions for split {split!r}; it has {has}. Take a share of the "
+                f"training pictures with --split {split}=0.02, go without it (--splits "
+                f"{' '.join(there)}), or add it ({name}: {needs})"
             )
         # a test split often has its captions withheld: then it is as good as not there
         if not there[split].records and (splits is not None or split != "test"):

@@ -56,7 +56,8 @@ def find(source: Source, options: SourceConfig) -> dict[str, Split] | None:
             _read_textcaps(collector, split, path, dataset)
 
     def locate(split: str, names: Sequence[str]) -> Sequence[Location | None]:
-        return locate_pictures(source.folder, split, names, is_ours=True)
+        # TextCaps' pictures for validation are in the folder train, as its paths say
+        return locate_pictures(source.folder, None, names, is_ours=True)
 
     return {**found, **collector.splits(locate)} or None
 

@@ -41,6 +41,12 @@ class Collector:
         self._entries: dict[str, dict[Hashable, _Entry]] = {}
         self._odd: dict[str, OddEntries] = {}
 
+    def expect(self, splits: Iterable[str | None]) -> None:
+        """These splits are there, even if nothing of them comes."""
+        for split in splits:
+            if split is not None:
+                self._entries.setdefault(split, {})
+
     def add(
         self,
         split: str,

@@ -33,6 +33,7 @@ def find(source: Source, options: SourceConfig) -> dict[str, Split] | None:
     if not files:
         return None
     collector, splits_of = Collector(), splits_of_paths(files)
+    collector.expect(splits_of.values())
     _check_one_set(splits_of)
     layouts = {}
     for path, uri in files.items():

@@ -23,9 +23,8 @@ SEPARATORS = "\t|;,"
 LONGEST_CELL = 1 << 24
 """Characters of a cell; the csv module's own limit is shorter than some captions."""
 
-TOKEN_FILE = re.compile(r"(?!.*lemma).*\.token(\.txt)?", re.IGNORECASE)
-"""`picture.jpg#0 TAB caption`, as Flickr8k and Flickr30k came at first. (Flickr8k's second file of
-this kind has the captions' lemmata.)"""
+TOKEN_FILE = re.compile(r".*\.token(\.txt)?", re.IGNORECASE)
+"""`picture.jpg#0 TAB caption`, as Flickr8k and Flickr30k came at first."""
 
 _TOKEN = re.compile(r"(.+?)#\d+\s*\t(.*)")
 

@@ -21,7 +21,7 @@ from caption_ray.data.formats.table_files import Table, lines_of, open_table
 from caption_ray.data.locations import Location, WebAddress
 from caption_ray.data.sources import Split
 
-FILES = r"captions?\.txt|.*\.token(\.txt)?|.*\.(csv|tsv|jsonl|parquet)"
+FILES = r"captions?\.txt|(?!.*lemma).*\.token(\.txt)?|.*\.(csv|tsv|jsonl|parquet)"
 
 LISTS = r".*\.(txt|lst|list)"
 """Files that may list the pictures of a split."""
@@ -51,7 +51,9 @@ def find(source: Source, options: SourceConfig) -> dict[str, Split] | None:
     tokens = {path: table for path, table in found.items() if table.kind == "token"}
     collector, lists = Collector(), _split_lists(source)
     # where there are both, a table of another kind repeats the token file
-    for path, split in splits_of_paths(tokens or found).items():
+    splits_of = splits_of_paths(tokens or found)
+    collector.expect(lists.values() or splits_of.values())
+    for path, split in splits_of.items():
         of_name = _by_list(lists) if lists else (lambda name, split=split: split)
         read_rows(collector, found[path], options, of_name)
     for reason in reasons:

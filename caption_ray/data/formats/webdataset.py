@@ -19,7 +19,7 @@ from caption_ray.data.formats.collecting import Collector
 from caption_ray.data.formats.columns import CAPTION_NAMES, SPLIT_NAME, texts_in
 from caption_ray.data.formats.source import Source, Unfit
 from caption_ray.data.formats.splits import split_named, splits_of_paths
-from caption_ray.data.listing import is_visible
+from caption_ray.data.listing import MACOS
 from caption_ray.data.sources import Split
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif")
@@ -51,12 +51,13 @@ def find(source: Source, options: SourceConfig) -> dict[str, Split] | None:
     texts = {ending.lower() for ending in chosen} | {TEXT, FIELDS}
 
     def is_text(name: str) -> bool:
-        return _ending(name) in texts and is_visible(name)
+        return _ending(name) in texts
 
     def read(uri: str) -> dict[str, Sample]:
         return _samples(archives.tar_members(uri, is_text))
 
     collector, splits_of = Collector(), splits_of_paths(tars)
+    collector.expect(splits_of.values())
     captions_seen = False
     with ThreadPoolExecutor(TARS_AT_A_TIME) as threads:
         for path, samples in zip(tars, threads.map(read, tars.values()), strict=True):
@@ -72,7 +73,7 @@ def _samples(members: Sequence[archives.TarMember]) -> dict[str, Sample]:
     samples: dict[str, Sample] = {}
     for member in members:
         parts = _KEY.fullmatch(member.name.removeprefix("./"))
-        if parts is None or not is_visible(parts[0].replace("../", "")):
+        if parts is None or MACOS in member.name.split("/"):
             continue
         sample = samples.setdefault(parts[1], {})
         ending = parts[2].lower()
