@@ -36,6 +36,7 @@ from caption_ray.storage.failures import (
 )
 from caption_ray.storage.failures import lasts as lasts
 from caption_ray.storage.http import Http
+from caption_ray.storage.hub import Hub
 from caption_ray.storage.local import Local, opened
 from caption_ray.storage.s3 import S3
 from caption_ray.storage.uris import arrow_uri as arrow_uri
@@ -247,6 +248,7 @@ def _backend(kind: str, process: int) -> Backend:
         "s3": S3,
         "http": Http,
         "https": Http,
+        "hf": Hub,
     }
     return kinds.get(kind, Arrow)()
 
