@@ -22,12 +22,13 @@ BELOW = {
     "command": {"config", "storage"},
     "ray_internals": set(),
     "fetch": set(),
+    "report_page": set(),
     "cluster": {"config", "storage", "ray_internals"},
-    "data": {*GROUND, "fetch"},
+    "data": {*GROUND, "fetch", "report_page"},
     "model": {"config"},
     "captioning": {"config", "storage", "data", "model"},
     "training": {*GROUND, "data", "model", "captioning"},
-    "evaluation": {*GROUND, "command", "data", "model", "captioning"},
+    "evaluation": {*GROUND, "command", "report_page", "data", "model", "captioning"},
     "serving": {*GROUND, "fetch", "data", "model", "captioning"},
 }
 BELOW["benchmark"] = {*BELOW} - {"benchmark"}

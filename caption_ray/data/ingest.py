@@ -9,6 +9,7 @@ written last; without it there is no data set.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -22,7 +23,7 @@ import ray
 
 from caption_ray import cluster, storage
 from caption_ray.config import DataConfig, SourceConfig
-from caption_ray.data import receipts, shapes, shards, unspaced
+from caption_ray.data import card, card_page, receipts, shapes, shards, unspaced
 from caption_ray.data.dataset import read_index
 from caption_ray.data.downloads import DEAD_LINK
 from caption_ray.data.formats import find_splits
@@ -141,6 +142,7 @@ def write(this: Inspected, progress: bool = True) -> Index:
     """The second half of `ingest`, with Ray."""
     if this.finished is not None:
         _tidy(this.out, this.finished)
+        _write_card(this.out, this.finished)
         return this.finished
     _remove_unfinished(this.out, splits=tuple(this.parts), keep=this.fingerprint)
     word_counts: Counter[str] = Counter()
@@ -166,6 +168,7 @@ def write(this: Inspected, progress: bool = True) -> Index:
     )
     storage.write_bytes(storage.join(this.out, INDEX_FILE), index.to_json().encode())
     _tidy(this.out, index)
+    _write_card(this.out, index)
     return index
 
 
@@ -242,6 +245,34 @@ def ensure_ingested(
         print(f"Ingesting {found.source} once, into {there.out}", flush=True)
     write(there)
     return there.out
+
+
+def _write_card(out: str, index: Index) -> None:
+    """Survey all shards, and leave the data card beside the index, unless it is there."""
+    figures, page = storage.join(out, card.CARD_FILE), storage.join(out, card.PAGE_FILE)
+    if storage.exists(figures) and storage.exists(page):
+        return
+    surveys: dict[str, card.Survey] = {}
+    for split in index.splits:
+        surveys[split] = card.Survey()
+        # pictures are shown of the first shard: it is as random as all
+        sizes = [card.SAMPLE] + [0] * (len(index.shards(split)) - 1)
+        for task in [
+            _survey.remote(out, *of) for of in zip(index.shards(split), sizes, strict=True)
+        ]:
+            with cluster.original_errors():
+                surveys[split].add(ray.get(task))
+    found = card.card(index, surveys)
+    samples = {split: one.sample for split, one in surveys.items()}
+    storage.write_bytes(page, card_page.page(found, samples).encode())
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    storage.write_bytes(figures, text.encode())
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _survey(out: str, shard: Shard, sample: int) -> card.Survey:
+    data = storage.read_verified(storage.join(out, shard.file), shard.bytes, shard.checksum)
+    return card.survey(shards.from_bytes(data).to_pylist(), storage.checksum, sample)
 
 
 def _in_shards(split: Split, images_per_shard: int, seed: int) -> list[list[Record]]:
