@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,8 +25,8 @@ WITH_CAPTIONS = ("train", "val")
 YEARS = ("2017", "2014", "")
 """Suffixes of split names that are looked for, in this order."""
 
-NAMES = {"val": ("val", "validation", "valid", "dev")}
-"""Names of splits in files and folders, if there are several, in the order of trying."""
+OTHER_NAMES = {"val": ("validation", "valid", "dev")}
+"""Further names of splits in files and folders, in the order of trying."""
 
 LAYOUT = (
     'captions_{split}.json, {{"images": [{{"id": 1, "file_name": "a.jpg"}}, ...], "annotations": '
@@ -46,12 +46,23 @@ def find(source: Source, options: SourceConfig) -> dict[str, Split] | None:
     `annotations_trainval<year>.zip`), and the pictures are in `<split><year>.zip`, in a folder, or
     in zips of any names. Raises ValueError if there are captions without pictures.
     """
-    found = {split: _find_split(source.uri, split) for split in source.splits or SPLITS}
-    return {split: content for split, content in found.items() if content is not None} or None
+    if source.is_file:
+        return None
+    found: dict[str, Split] = {}
+    # other names of a split are only looked for where there is another split, or it is asked for
+    # alone: each name is a dozen requests of a bucket
+    splits = source.splits or SPLITS
+    for names in ({split: (split,) for split in splits}, OTHER_NAMES):
+        if names is not OTHER_NAMES or found or len(splits) == 1:
+            for split in splits:
+                content = None if split in found else _find_split(source.uri, names.get(split, ()))
+                if content is not None:
+                    found[split] = content
+    return {split: found[split] for split in splits if split in found} or None
 
 
-def _find_split(source: str, split: str) -> Split | None:
-    for name in NAMES.get(split, (split,)):
+def _find_split(source: str, names: Sequence[str]) -> Split | None:
+    for name in names:
         for year in YEARS:
             with _annotation_files(source, name, year) as files:
                 if files is not None:
