@@ -15,7 +15,7 @@ from captioned import pictures_of
 from running_jobs import run_job
 from tiny_runs import losses_of, tiny_config
 
-from caption_ray import config
+from caption_ray import config, storage
 from caption_ray.data.dataset import open_shards
 from caption_ray.data.formats import find_splits
 from caption_ray.training import trainer
@@ -80,3 +80,23 @@ def test_the_job_ingests_tars_by_a_pattern(tars: Path, tmp_path: Path) -> None:
     assert job.returncode == 0, job.stderr
     dataset = open_shards(str(tmp_path / "out"))
     assert sum(sum(dataset.rows(split)) for split in ("train", "val", "test")) == 52
+
+
+def test_a_bucket_gives_what_a_folder_gives(tars: Path, bucket: str) -> None:
+    storage.upload(tars, f"{bucket}/tars")
+    table = pa.table({"image": [b"A", b"B", b"C"], "caption": ["a", "b", "c"]})
+    pq.write_table(table, tars / "train.parquet", row_group_size=2)
+    storage.write_bytes(f"{bucket}/parquet/train.parquet", (tars / "train.parquet").read_bytes())
+    for there, here in {
+        f"{bucket}/tars": tars,
+        f"{bucket}/tars/{{00000..00001}}.tar": tars,
+        f"{bucket}/tars/0000": tars,
+        f"{bucket}/tars/00001.tar": tars / "00001.tar",
+        f"{bucket}/parquet": tars / "train.parquet",
+    }.items():
+        remote = find_splits(there, splits=("train",))["train"]
+        local = find_splits(str(here), splits=("train",))["train"]
+        assert [r.picture for r in remote.records] == [r.picture for r in local.records], there
+        assert pictures_of(remote) == pictures_of(local)
+    with pytest.raises(ValueError, match="no captions in a format that is known; it holds nothing"):
+        find_splits(f"{bucket}/nowhere")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from caption_ray import storage
 from caption_ray.config import SourceConfig
 from caption_ray.data import archives, json_entries
 from caption_ray.data.formats.collecting import Collector
@@ -29,7 +30,7 @@ TEXT, FIELDS = "txt", "json"
 """Endings of the captions, and of an object with more about the picture."""
 
 TARS_AT_A_TIME = 8
-"""Tars whose headers are read at a time."""
+"""Remote tars whose headers are read at a time; of local ones, threads would only slow it down."""
 
 _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 """As the WebDataset library has it: the ending is all behind the first dot of the name."""
@@ -59,7 +60,8 @@ def find(source: Source, options: SourceConfig) -> dict[str, Split] | None:
     collector, splits_of = Collector(), splits_of_paths(tars)
     collector.expect(splits_of.values())
     captions_seen = False
-    with ThreadPoolExecutor(TARS_AT_A_TIME) as threads:
+    is_local = all(map(storage.is_local, tars.values()))
+    with ThreadPoolExecutor(1 if is_local else TARS_AT_A_TIME) as threads:
         for path, samples in zip(tars, threads.map(read, tars.values()), strict=True):
             captions_seen |= any(_has_text(sample, texts) for sample in samples.values())
             for key, sample in samples.items():
