@@ -5,6 +5,7 @@ import zipfile
 import pytest
 
 from caption_ray import storage
+from caption_ray.config import SourceConfig
 from caption_ray.data import listing
 from caption_ray.data.formats import find_splits, pictures
 from caption_ray.data.locations import PictureError, read_picture
@@ -266,3 +267,58 @@ def test_karpathys_splits_replace_those_of_coco(layout):
         wanted = {i for i, s in chosen.items() if s.replace("restval", "train") == name}
         assert {r.picture.image_id for r in split.records} == wanted
     assert [one.reason for one in splits["train"].left_out] == ["not in Karpathy's splits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"caption_column": ("text", "raw")},
+            "--caption-column text raw: the source is coco, which",
+        ),
+        ({"split_column": "fold"}, "--split-column fold: the source is coco, which has no columns"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(layout, options, message):
+    with pytest.raises(ValueError, match=message):
+        find_splits(str(layout), options=SourceConfig(**options))
+    with pytest.raises(ValueError, match="--split val=0.1: --karpathy says the splits"):
+        find_splits(str(layout), karpathy="any.json", options=SourceConfig(split="val=0.1"))
+
+
+def test_a_test_split_is_found_where_there_is_one(layout):
+    assert list(find_splits(str(layout))) == ["train", "val"]
+    shutil.copytree(layout / "val", layout / "test")
+    captions = layout / "annotations" / "captions_val.json"
+    shutil.copy(captions, layout / "annotations" / "captions_test.json")
+    found = find_splits(str(layout))
+    assert list(found) == ["train", "val", "test"]
+    assert _pictures(found["test"]) == _pictures(found["val"])
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "dev"])
+def test_the_validation_split_may_be_called_otherwise(layout, scenes, name):
+    (layout / "val").rename(layout / name)
+    for file in (layout / "annotations").glob("*_val.json"):
+        file.rename(file.with_name(file.name.replace("val", name)))
+    assert _pictures(find_splits(str(layout))["val"]) == _pictures(find_splits(str(scenes))["val"])
+
+
+def test_a_split_of_any_name_can_be_asked_for(layout):
+    (layout / "val").rename(layout / "minival")
+    for file in (layout / "annotations").glob("*_val.json"):
+        file.rename(file.with_name(file.name.replace("val", "minival")))
+    assert list(find_splits(str(layout), splits=("train", "minival"))) == ["train", "minival"]
+
+
+@pytest.mark.parametrize("names", [("any.zip", "any.zip"), ("a/train-pictures.zip", "b/v.zip")])
+def test_the_zips_of_the_pictures_may_have_any_name(layout, scenes, names):
+    for split, name in zip(("train", "val"), names, strict=True):
+        (layout / name).parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(layout / name, "a") as archive:
+            for file in sorted((layout / split).iterdir()):
+                archive.write(file, f"deep/er/{split}/{file.name}")
+        shutil.rmtree(layout / split)
+    found, expected = find_splits(str(layout)), find_splits(str(scenes))
+    for split in ("train", "val"):
+        assert _pictures(found[split]) == _pictures(expected[split])

@@ -37,10 +37,12 @@ class Format:
     what looks like this format but lacks something, ValueError for what is damaged."""
     needs: str
     """What a source must consist of, for messages."""
+    has_columns: bool = True
+    """Whether the options that name columns mean anything to it."""
 
 
 FORMATS: dict[str, Format] = {
-    "coco": Format(coco_layout.find, coco_layout.LAYOUT.format(split="train")),
+    "coco": Format(coco_layout.find, coco_layout.LAYOUT.format(split="train"), has_columns=False),
     "webdataset": Format(
         webdataset.find, "tars with KEY.jpg beside KEY.txt or KEY.json, as img2dataset writes them"
     ),
@@ -52,11 +54,14 @@ FORMATS: dict[str, Format] = {
         hub_parquet.find, "Parquet files with a column of encoded pictures and one of captions"
     ),
     "karpathy": Format(
-        karpathy.find, "dataset_NAME.json of Karpathy's splits, and the pictures in folders or zips"
+        karpathy.find,
+        "dataset_NAME.json of Karpathy's splits, and the pictures in folders or zips",
+        has_columns=False,
     ),
     "json": Format(
         annotation_json.find,
         "JSON of captions as of NoCaps, VizWiz or TextCaps, and the pictures in folders or zips",
+        has_columns=False,
     ),
     "table": Format(
         tables.find,
@@ -96,6 +101,10 @@ def find_splits(
     if karpathy is not None:
         if name != "coco":
             raise ValueError(f"--karpathy {karpathy}: its splits are of COCO; {source} is {name}")
+        if wanted:
+            raise ValueError(
+                f"--split {options.split}: --karpathy says the splits; give one of them"
+            )
         return coco_layout.karpathy_splits(found, karpathy)
     if wanted:
         found = shares.share_out(found, wanted, source)
@@ -114,6 +123,7 @@ def _recognised(source: Source, options: SourceConfig) -> tuple[str, dict[str, S
             reasons[name] = f" ({error})"
             continue
         if found:
+            _refuse_idle(options, name, format)
             return name, found
     needs = "\n".join(
         f"  {name}: {format.needs}{reasons.get(name, '')}" for name, format in asked.items()
@@ -124,11 +134,23 @@ def _recognised(source: Source, options: SourceConfig) -> tuple[str, dict[str, S
     )
 
 
+def _refuse_idle(options: SourceConfig, name: str, format: Format) -> None:
+    """Raise ValueError for an option that would do nothing."""
+    for option in ("image_column", "caption_column", "split_column"):
+        value = getattr(options, option)
+        if value is not None and not format.has_columns:
+            shown = value if isinstance(value, str) else " ".join(value)
+            raise ValueError(
+                f"--{option.replace('_', '-')} {shown}: the source is {name}, which has no "
+                "columns; leave it out, or name another --format"
+            )
+
+
 def _asked_for(
     source: str, name: str, found: dict[str, Split], splits: tuple[str, ...] | None
 ) -> dict[str, Split]:
     """The splits that are wanted; ValueError if one is missing or empty."""
-    there = {split: found[split] for split in SPLITS if split in found}
+    there = {split: found[split] for split in dict.fromkeys((*SPLITS, *found)) if split in found}
     asked = splits or ("train", "val", *(split for split in there if split == "test"))
     for split in asked:
         if split not in there:

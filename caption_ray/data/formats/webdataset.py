@@ -9,7 +9,7 @@ repeats what is in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,7 +68,23 @@ def find(source: Source, options: SourceConfig) -> dict[str, Split] | None:
                 _add(collector, splits_of[path], f"{path}: {key}", sample, options)
     if not captions_seen:
         raise Unfit(f"{next(iter(tars))} has no member KEY.txt or KEY.json with captions")
-    return collector.splits()
+    found = collector.splits()
+    if not any(content.records for content in found.values()):
+        _refuse_names(options, samples)
+    return found
+
+
+def _refuse_names(options: SourceConfig, samples: Mapping[str, Sample]) -> None:
+    """Raise ValueError if it is for a name that an option gives that nothing could be used."""
+    for key, sample in samples.items():
+        endings, fields = sorted(sample), _fields(sample, key)
+        has = f"{key} has the endings {', '.join(endings)}"
+        if options.image_column is not None and _picture(sample, options.image_column) is None:
+            raise ValueError(f"--image-column {options.image_column}: {has}; name one of them")
+        named = options.caption_column or ()
+        if named and not any(c in sample or c.partition(".")[0] in fields for c in named):
+            keys = f", and its .json the keys {', '.join(fields)}" if fields else ""
+            raise ValueError(f"--caption-column {' '.join(named)}: {has}{keys}; name one of them")
 
 
 def _samples(members: Sequence[archives.TarMember]) -> dict[str, Sample]:

@@ -224,3 +224,19 @@ def test_the_splits_column_of_the_json_decides(tmp_path: Path) -> None:
     found = find_splits(str(tmp_path), options=SourceConfig(split_column="where"))
     assert {split: len(it.records) for split, it in found.items()} == {"train": 1, "val": 2}
     assert reasons_of(found["train"]) == {"split of no known name": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption_column": ("words",)},
+         r"--caption-column words: a has the endings jpg, json, and its .json the keys caption; n"),
+        ({"image_column": "png"}, r"--image-column png: a has the endings jpg, json; name one of"),
+    ],
+)  # fmt: skip
+def test_names_that_no_member_has_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    write_tar(tmp_path / "0.tar", {"a.jpg": b"A", "a.json": b'{"caption": "a dog"}'})
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, **options)
