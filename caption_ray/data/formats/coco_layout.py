@@ -89,11 +89,11 @@ def _annotation_files(
     names = [f"captions_{split}{year}.json", f"instances_{split}{year}.json"]
     with tempfile.TemporaryDirectory(prefix="annotations-") as folder:
         copies = [Path(folder, name) for name in names]
-        archives = [
+        zips = [
             f"annotations_trainval{year}.zip",
             f"annotations/annotations_trainval{year}.zip",
         ]
-        for archive in (storage.join(source, name) for name in archives):
+        for archive in (storage.join(source, name) for name in zips):
             if storage.exists(archive):
                 for name, copy in zip(names, copies, strict=True):
                     _extract(archive, name, copy)

@@ -29,7 +29,7 @@ Entry = tuple[dict[str, Any], int, int]
 
 def find(source: Source, options: SourceConfig) -> dict[str, Split] | None:
     """The pictures in the Parquet files, by split: the rows' own, or that of the file's name."""
-    files = {path: uri for path, uri in source.names(r".*\.parquet").items()}
+    files = source.names(r".*\.parquet")
     if not files:
         return None
     collector, splits_of = Collector(), splits_of_paths(files)

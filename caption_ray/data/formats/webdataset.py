@@ -119,6 +119,9 @@ def _add(
         if ending.endswith(" again"):
             collector.odd(split, f"{where}.{ending}", "member of the tar that is there again")
     picture = _picture(sample, options.image_column)
+    if options.image_column is None:
+        for ending in [ending for ending in PICTURES if ending in sample][1:]:
+            collector.odd(split, f"{where}.{ending}", "second picture of the same name")
     if picture is None:
         collector.odd(split, where, "captions but no picture")
         return
@@ -164,7 +167,7 @@ def _lines(member: archives.TarMember) -> Iterator[Any]:
     except UnicodeDecodeError:
         yield member.text
     else:
-        yield from (line for line in lines if line.strip()) if len(lines) > 1 else lines or [""]
+        yield from [line for line in lines if line.strip()] or [""]
 
 
 def _ending(name: str) -> str:

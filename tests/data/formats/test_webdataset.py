@@ -131,7 +131,7 @@ def test_what_concerns_one_picture_is_left_out_and_counted(tmp_path: Path) -> No
         [
             ("a.jpg", b"A"), ("a.txt", "\ufeffa dog\r\ntwo dogs\r\n".encode()),
             ("b.jpg", b"B"), ("b.txt", b"..."),
-            ("c.jpg", b"C"),
+            ("c.jpg", b"C"), ("c.png", b"of c as well"),
             ("d.txt", b"a cat"),
             ("e.webp", b"E"), ("e.txt", "ein Bär".encode("latin-1")),
             ("../../evil.jpeg", b"V"), ("../../evil.txt", b"a thief"),
@@ -152,6 +152,7 @@ def test_what_concerns_one_picture_is_left_out_and_counted(tmp_path: Path) -> No
         "captions but no picture": 1,
         "caption that is no text": 1,
         "member of the tar that is there again": 1,
+        "second picture of the same name": 1,
     }
 
 
