@@ -298,7 +298,7 @@ def _get(
     """The body, or where `target` redirects to."""
     try:
         with _connect(target, deadline) as sock, _cut_at(deadline, sock):
-            connection = HTTPConnection(str(target.host), timeout=_remaining(deadline))
+            connection = HTTPConnection(str(target), timeout=_remaining(deadline))
             connection.sock, connection.auto_open = sock, 0  # it must not reconnect by itself
             headers = {"Host": str(target), "User-Agent": "caption-ray"}
             headers["Accept-Encoding"] = "identity"
