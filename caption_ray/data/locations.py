@@ -106,8 +106,12 @@ class Block(NamedTuple):
     """A path with dots: `image.bytes`."""
 
     def read(self) -> Any:
-        """All cells, a pyarrow array of bytes. Raises PictureError if they are damaged."""
+        """All cells, a pyarrow array of bytes. Raises DamagedError if they stay damaged."""
+        return storage.retry_damaged(self.uri, self._read)
+
+    def _read(self) -> Any:
         import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         try:
@@ -115,15 +119,13 @@ class Block(NamedTuple):
                 table = pq.ParquetFile(file, pre_buffer=False).read_row_group(
                     self.row_group, columns=[self.column]
                 )
-        except storage.StorageError:
+        except (FileNotFoundError, storage.StorageError):
             raise
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise PictureError(f"corrupt: row group {self.row_group}: {error}") from None
-        cells = table.column(0)
+            raise storage.DamagedError(f"row group {self.row_group}: {error}") from None
+        cells = table.column(0).combine_chunks()
         for name in self.column.split(".")[1:]:
-            cells = pa.compute.struct_field(cells.combine_chunks(), name)
+            cells = pc.struct_field(cells, name)
         return cells
 
 
