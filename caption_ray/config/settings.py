@@ -337,6 +337,13 @@ def _check_together(config: Config) -> None:
         data.ingest,
         "it needs --data.source, the pictures to ingest",
     )
+    for name, value in vars(data.reading).items():
+        require(
+            value is None or data.source is not None,
+            f"data.reading.{name.replace('_', '-')}",
+            value,
+            "it says how --data.source is read: give that, or leave it out",
+        )
     for option, value, plain in (
         ("model.encoder.drop-path", config.model.encoder.drop_path, 0.0),
         ("train.encoder-layer-decay", train.encoder_layer_decay, 1.0),

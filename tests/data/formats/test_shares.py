@@ -34,13 +34,12 @@ def split_of(source: str, options: SourceConfig = HALF) -> dict[str, str]:
 def many(coco_mini: Path) -> dict[str, bytes]:
     from captioned import pictures_of
 
-    """All photographs of the excerpt."""
+    """Half of the photographs of the excerpt."""
     found = find_splits(str(coco_mini)).values()
     names = [record.picture.file_name for split in found for record in split.records]
     pictures = [picture for split in found for picture in pictures_of(split)]
-    return {
-        name: data for name, data in zip(names, pictures, strict=True) if isinstance(data, bytes)
-    }
+    half = list(zip(names, pictures, strict=True))[::2]
+    return {name: data for name, data in half if isinstance(data, bytes)}
 
 
 def test_each_picture_is_in_one_split_and_shares_are_about_right(
@@ -49,7 +48,7 @@ def test_each_picture_is_in_one_split_and_shares_are_about_right(
     splits = split_of(write(tmp_path, many))
     assert splits.keys() == many.keys()
     counts = [list(splits.values()).count(split) for split in ("train", "val", "test")]
-    assert 65 <= counts[0] <= 95 and 33 <= counts[1] <= 63 and 18 <= counts[2] <= 46
+    assert 28 <= counts[0] <= 52 and 12 <= counts[1] <= 36 and 6 <= counts[2] <= 26
 
 
 def test_the_split_depends_on_the_picture_and_neither_on_its_name_nor_on_others(
@@ -63,7 +62,7 @@ def test_the_split_depends_on_the_picture_and_neither_on_its_name_nor_on_others(
 
 def test_pictures_that_look_the_same_stay_together(many: dict[str, bytes], tmp_path: Path) -> None:
     twins: dict[str, bytes] = {}
-    some = list(many.items())[::3]
+    some = list(many.items())[::4]
     for number, (name, data) in enumerate(some):
         buffer = io.BytesIO()
         kind = ("JPEG", "PNG", "WEBP")[number % 3]
