@@ -48,6 +48,7 @@ from caption_ray.config.settings import (
     TrainConfig,
     default_storage,
 )
+from caption_ray.config.source import SourceConfig
 
 __all__ = [
     "DEFAULT_PRESET",
@@ -75,6 +76,7 @@ __all__ = [
     "SearchOverrides",
     "Seed",
     "Size",
+    "SourceConfig",
     "TokenizerName",
     "TrainConfig",
     "Uri",

@@ -46,7 +46,7 @@ def shapes() -> Config:
 
 
 def photos() -> Config:
-    """Our recommendation for photographs of your own, hundreds to tens of thousands, on any machine.
+    """Our recommendation for hundreds to tens of thousands of your own photographs, anywhere.
 
     `python jobs/train.py photos --data.source FOLDER` ingests them once, computes what a frozen
     EfficientNet-Lite0 makes of each, and trains soft attention over that; it stops once captions no
