@@ -246,6 +246,8 @@ def test_read_from_json_a_bad_value_is_refused_by_origin_and_key():
             config.from_dict(config.Config, values, "run.json")
         said = str(refused.value)
         by_key = f"run.json: {setting.path} = {repr(value)[:50]}"
+        if isinstance(value, tuple) and value:  # of several, the one that is bad
+            by_key = f"run.json: {setting.path}.0 = {value[0]!r}"
         assert said.startswith((by_key, f"run.json: {setting.option} is {value!r}")), said
 
 
@@ -338,6 +340,12 @@ def test_what_is_no_number_of_gpus_is_refused_by_the_variables_name(value, monke
     [
         ("train --model.decoder.name lstm", "--model.decoder.name is 'lstm': give one of soft, "),
         ("train --data.ingest", "--data.ingest is True: it needs --data.source"),
+        (
+            "train --data.reading.split val=0.1",
+            "--data.reading.split is 'val=0.1': it says how --data.source is read",
+        ),
+        ("ingest --source x --out y --split val", "--split val: give shares between 0 and 1"),
+        ("ingest --source x --out y --format z", "--format z: give one of coco, webdataset"),
         ("train --model.encoder.name vgg", "--model.encoder.name is 'vgg': give 'small', one"),
         ("train --model.encoder.trainable-from x", "--model.encoder.trainable-from is 'x': for sm"),
         (
@@ -377,6 +385,11 @@ def test_every_preset_stands_the_checks(preset):
     if settings.train.stage == "self-critical":
         train = dataclasses.replace(settings.train, start_from="a run")
         settings = dataclasses.replace(settings, train=train)
+    if settings.data.ingest:
+        with pytest.raises(ValueError, match="it needs --data.source, the pictures to ingest"):
+            trainer.check(settings)
+        data = dataclasses.replace(settings.data, source="pictures")
+        settings = dataclasses.replace(settings, data=data)
     trainer.check(settings)
 
 

@@ -21,13 +21,15 @@ BELOW = {
     "storage": set(),
     "command": {"config", "storage"},
     "ray_internals": set(),
+    "fetch": set(),
+    "report_page": set(),
     "cluster": {"config", "storage", "ray_internals"},
-    "data": GROUND,
+    "data": {*GROUND, "fetch", "report_page"},
     "model": {"config"},
     "captioning": {"config", "storage", "data", "model"},
     "training": {*GROUND, "data", "model", "captioning"},
-    "evaluation": {*GROUND, "command", "data", "model", "captioning"},
-    "serving": {*GROUND, "data", "model", "captioning"},
+    "evaluation": {*GROUND, "command", "report_page", "data", "model", "captioning"},
+    "serving": {*GROUND, "fetch", "data", "model", "captioning"},
 }
 BELOW["benchmark"] = {*BELOW} - {"benchmark"}
 """Which parts of the package each part may import, itself aside."""

@@ -22,7 +22,8 @@ from PIL import Image
 from running_jobs import run_job
 
 from caption_ray import config
-from caption_ray.data.sources import find_splits, read_picture
+from caption_ray.data.formats import find_splits
+from caption_ray.data.locations import read_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "caption_ray"
@@ -176,7 +177,7 @@ def test_every_file_that_is_named_exists(page: str) -> None:
     text, here = PAGES[page], (ROOT / page).parent
     names = {path.name for path in ROOT.rglob("*.py")}
     for named in re.findall(r"(?<![\w/.:-])[\w./-]+\.(?:py|yaml|toml|md|html)\b", text):
-        if PLACEHOLDER in Path(named).stem or named == "report.html":
+        if PLACEHOLDER in Path(named).stem or named in ("report.html", "index.html"):
             continue
         if "/" in named:
             assert (ROOT / named).exists() or (here / named).exists(), named
@@ -319,7 +320,11 @@ def test_help_of_every_job_is_enough_by_itself(name: str, tmp_path: Path) -> Non
     ("job", "arguments", "message"),
     [
         ("train", ["--train.epoch", "1"], "--train.epoch"),
-        ("ingest", ["--source", "/nowhere", "--out", "/tmp/none"], "/nowhere: no captions"),
+        (
+            "ingest",
+            ["--source", "/nowhere", "--out", "/tmp/none"],
+            "/nowhere: no captions in a format that is known",
+        ),
         (
             "caption",
             ["--images", "x", "--out", "y", "--checkpoint", "/nowhere"],

@@ -34,6 +34,7 @@ from caption_ray.config.presets import (
     coco_self_critical,
     coco_transformer,
     coco_transformer_self_critical,
+    photos,
     seed,
     shapes,
 )
@@ -47,6 +48,7 @@ from caption_ray.config.settings import (
     TrainConfig,
     default_storage,
 )
+from caption_ray.config.source import SourceConfig
 
 __all__ = [
     "DEFAULT_PRESET",
@@ -74,6 +76,7 @@ __all__ = [
     "SearchOverrides",
     "Seed",
     "Size",
+    "SourceConfig",
     "TokenizerName",
     "TrainConfig",
     "Uri",
@@ -87,6 +90,7 @@ __all__ = [
     "from_environment",
     "parse",
     "parse_arguments",
+    "photos",
     "require",
     "seed",
     "shapes",

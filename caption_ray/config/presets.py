@@ -45,6 +45,32 @@ def shapes() -> Config:
     )
 
 
+def photos() -> Config:
+    """Our recommendation for hundreds to tens of thousands of your own photographs, anywhere.
+
+    `python jobs/train.py photos --data.source FOLDER` ingests them once, computes what a frozen
+    EfficientNet-Lite0 makes of each, and trains soft attention over that; it stops once captions no
+    longer become better. caption_ray/model/README.md has what was tried, on 900 photographs.
+    """
+    return Config(
+        data=DataConfig(ingest=True, min_crop=1.0, flip=False),
+        model=ModelConfig(
+            encoder=EncoderConfig(name="timm/tf_efficientnet_lite0", image_size=224),
+            decoder=DecoderConfig(region_dim=512),
+        ),
+        search=SearchConfig(beam_size=5),
+        train=TrainConfig(
+            epochs=10,
+            batch_size=16,
+            learning_rate=1e-3,
+            warmup_steps=50,
+            scheduled_sampling=0.25,
+            patience=3,
+            log_every=25,
+        ),
+    )
+
+
 def coco() -> Config:
     """Our recommendation for COCO 2017 on GPUs: soft attention over a fine-tuned ResNet-101.
 
@@ -165,6 +191,7 @@ def seed() -> Config:
 
 PRESETS: dict[str, Callable[[], Config]] = {
     "shapes": shapes,
+    "photos": photos,
     "coco": coco,
     "coco-self-critical": coco_self_critical,
     "coco-transformer": coco_transformer,

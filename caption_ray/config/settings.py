@@ -29,6 +29,7 @@ from caption_ray.config.bounds import (
 )
 from caption_ray.config.model import ModelConfig
 from caption_ray.config.search import SearchConfig, check_lengths
+from caption_ray.config.source import SourceConfig
 
 TokenizerName: TypeAlias = Literal["ptb", "whitespace", "characters"]
 
@@ -53,8 +54,11 @@ class DataConfig(Section):
     data set `shapes` is drawn, and ingested into the run storage once."""
 
     source: Uri | None = None
-    """URI of a data set in COCO's layout, streamed picture by picture without an ingest (slower).
-    """
+    """URI of pictures with captions in any format that `jobs/ingest.py` knows, streamed picture by
+    picture without an ingest (slower)."""
+
+    reading: SourceConfig = field(default_factory=SourceConfig)
+    """How `source` is read."""
 
     ingest: bool = False
     """Ingest `source` before training, once, into the run storage, and train on these shards."""
@@ -327,12 +331,13 @@ def _check_together(config: Config) -> None:
         data.source,
         f"give it or --data.shards ({data.shards!r}), not both",
     )
-    require(
-        not data.ingest or data.source is not None,
-        "data.ingest",
-        data.ingest,
-        "it needs --data.source, the pictures to ingest",
-    )
+    for name, value in vars(data.reading).items():
+        require(
+            value is None or data.source is not None,
+            f"data.reading.{name.replace('_', '-')}",
+            value,
+            "it says how --data.source is read: give that, or leave it out",
+        )
     for option, value, plain in (
         ("model.encoder.drop-path", config.model.encoder.drop_path, 0.0),
         ("train.encoder-layer-decay", train.encoder_layer_decay, 1.0),

@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pycocotools.coco import COCO
 
 from caption_ray.data import json_entries
-from caption_ray.data.ptb import tokenize
+from caption_ray.data.sources import OddEntries, Picture, Unusable, has_word, is_inside
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 """Karpathy's names -> ours; his `restval` is trained on, as everybody does."""
 
-
-LONGEST_NAME = 255
-"""Bytes of a file's name, on every file system in use."""
 
 MOST_PIXELS = 2**31 - 1
 """Of a side, in a shard."""
@@ -39,34 +35,10 @@ LARGEST_FRACTION = 1e30
 
 
 @dataclass(frozen=True)
-class CocoImage:
-    """One picture with what people said of it and, if known, what it shows."""
-
-    image_id: int
-    file_name: str
-    width: int
-    """In pixels; 0 if the file does not say."""
-    height: int
-    captions: list[str]
-    objects: list[dict[str, Any]]
-    """`category` and `bbox`: [x, y, width, height] as fractions of the picture."""
-
-
-class Unusable(NamedTuple):
-    """What is left out, and why."""
-
-    name: str
-    """A file name, the id of an image that is not there, or the place of an entry."""
-    reason: str
-    entries: int = 1
-    """How many there are; `name` is the first."""
-
-
-@dataclass(frozen=True)
 class CocoCaptions:
     """The pictures that have captions, in the order of the file, and what cannot be used."""
 
-    images: list[CocoImage]
+    images: list[Picture]
     left_out: list[Unusable]
 
 
@@ -77,7 +49,7 @@ def read_captions(captions: Path, instances: Path | None = None) -> CocoCaptions
     else the head of this module says. Objects of pictures that the captions file does not have are
     ignored. Raises ValueError naming the file and the entry where a file is refused.
     """
-    odd = _OddEntries()
+    odd = OddEntries()
     dataset = _read_json(captions)
     listed = list(_images(captions.name, dataset, odd))
     coco = _index(captions.name, dataset, listed)
@@ -92,16 +64,18 @@ def read_captions(captions: Path, instances: Path | None = None) -> CocoCaptions
             found = json_entries.fault(annotation, {"caption": str})
             if found is not None:
                 odd.add(where + found, "caption that is no text")
-            elif not _has_word(annotation["caption"]):
+            elif not has_word(annotation["caption"]):
                 odd.add(
                     f"{where}: caption is {annotation['caption']!r:.80}", "caption without a word"
                 )
+            elif annotation.get("is_rejected") is True or annotation.get("is_precanned") is True:
+                odd.add(where, "caption that the data set itself rejects")
             else:
                 texts.append(annotation["caption"].strip())
         if texts:
             boxes = objects.get(entry["id"], [])
             images.append(
-                CocoImage(
+                Picture(
                     entry["id"], entry["file_name"], entry["width"], entry["height"], texts, boxes
                 )
             )
@@ -133,29 +107,17 @@ def read_karpathy(path: Path) -> dict[int, str]:
     return splits
 
 
-class _OddEntries:
-    """Entries that are left out, by the reason: one of each is named, for there may be as many as
-    the file has."""
-
-    def __init__(self) -> None:
-        self.by_reason: dict[str, Unusable] = {}
-
-    def add(self, name: str, reason: str) -> None:
-        first = self.by_reason.get(reason, Unusable(name, reason, 0))
-        self.by_reason[reason] = first._replace(entries=first.entries + 1)
-
-
 # Files ----------------------------------------------------------------------------------------
 
 
-def _images(name: str, dataset: Any, odd: _OddEntries) -> Iterator[dict[str, Any]]:
+def _images(name: str, dataset: Any, odd: OddEntries) -> Iterator[dict[str, Any]]:
     """The images of a captions file, each once: `id`, `file_name`, `width` and `height`."""
     names: dict[int, str] = {}
     for i, image in enumerate(json_entries.entries(name, dataset, "images")):
         where = f"{name}: images[{i}]"
         json_entries.check(where, image, {"id": int, "file_name": str})
         image_id, file_name = image["id"], image["file_name"].removeprefix("./")
-        if not _is_inside(file_name):
+        if not is_inside(file_name):
             raise ValueError(
                 f"{where}: file_name {image['file_name']!r:.200} is no path below the pictures; "
                 "write the path below their folder"
@@ -209,7 +171,7 @@ def _index(name: str, dataset: Any, images: list[dict[str, Any]]) -> COCO:
 
 
 def _read_objects(
-    path: Path, images: Mapping[int, dict[str, Any]], odd: _OddEntries
+    path: Path, images: Mapping[int, dict[str, Any]], odd: OddEntries
 ) -> dict[int, list[dict[str, Any]]]:
     """Image id -> objects, for the images that are given."""
     dataset = _read_json(path)
@@ -258,15 +220,3 @@ def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
     """Outlines are most of an instances file: forgotten as they are read, they take no memory."""
     entry.pop("segmentation", None)
     return entry
-
-
-def _is_inside(file_name: str) -> bool:
-    """Whether this can only be a file below the folder that it is joined to."""
-    parts = file_name.replace("\\", "/").split("/")
-    is_short = all(len(part.encode()) <= LONGEST_NAME for part in parts)
-    return is_short and "\0" not in file_name and not {"", ".", ".."} & set(parts)
-
-
-def _has_word(caption: str) -> bool:
-    # most captions need no tokenizer to tell, which would take ten times as long
-    return re.search("[A-Za-z]", caption) is not None or bool(tokenize(caption))

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any, ClassVar, TypeAlias
 
-import numpy as np
 import pyarrow as pa
 
 from caption_ray import storage
+from caption_ray.config import SourceConfig
 from caption_ray.data import feature_shards, shards
-from caption_ray.data.rows import READ_THREADS, fingerprint, to_row
+from caption_ray.data.formats import find_splits
+from caption_ray.data.order import shuffled
+from caption_ray.data.rows import READ_THREADS, fingerprint, to_rows
 from caption_ray.data.shards import INDEX_FILE, Index, Shard
-from caption_ray.data.sources import Record, find_splits
+from caption_ray.data.sources import Record
 from caption_ray.data.tokenizer import PTB
 
 RAW_IMAGES = 64
@@ -84,8 +86,7 @@ class RawImages:
 
     def read(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """All rows with all columns; unreadable pictures have an `error` instead of an `image`."""
-        with ThreadPoolExecutor(READ_THREADS) as threads:
-            return list(threads.map(lambda record: to_row(record, None), self.records))
+        return to_rows(self.records, None)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The same as in a shard file."""
@@ -180,14 +181,16 @@ def open_shards(uri: str) -> DataSet:
     )
 
 
-def open_source(uri: str, *, seed: int) -> DataSet:
-    """The pictures of a COCO layout read from where they are, without ingest, in shuffled order."""
+def open_source(uri: str, *, seed: int, options: SourceConfig | None = None) -> DataSet:
+    """The pictures of a source (see `find_splits`) read from where they are, without ingest, in
+    shuffled order."""
     splits: dict[str, list[Unit]] = {}
     counts: Counter[str] = Counter()
     order_of: dict[str, list[list[Record]]] = {}
-    for split, content in find_splits(uri).items():
-        order = np.random.default_rng(seed).permutation(len(content.records))
-        records = [content.records[i] for i in order]
+    for split, content in find_splits(uri, options=options).items():
+        if not content.records:
+            continue  # a test split whose captions are withheld
+        records = shuffled(content.records, seed, RAW_IMAGES)
         order_of[split] = [records]
         splits[split] = [
             RawImages(tuple(records[start : start + RAW_IMAGES]))

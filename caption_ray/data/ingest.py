@@ -1,4 +1,4 @@
-"""COCO zips, folders or a bucket -> verified, shuffled shards and an index of them.
+"""Pictures with captions, in any of the formats -> verified, shuffled shards and an index of them.
 
 Each shard is a pure function of what the fingerprint covers (which pictures, in which order, under
 which settings). So any worker may write any shard, twice if need be, and an ingest that died is
@@ -9,12 +9,12 @@ written last; without it there is no data set.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import shutil
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,15 @@ import numpy as np
 import ray
 
 from caption_ray import cluster, storage
-from caption_ray.config import DataConfig
-from caption_ray.data import receipts, shapes, shards, unspaced
+from caption_ray.config import DataConfig, SourceConfig
+from caption_ray.data import card, card_page, receipts, shapes, shards, unspaced
 from caption_ray.data.dataset import read_index
-from caption_ray.data.rows import READ_THREADS, fingerprint, to_row
+from caption_ray.data.downloads import DEAD_LINK
+from caption_ray.data.formats import find_splits
+from caption_ray.data.order import shuffled
+from caption_ray.data.rows import fingerprint, to_rows
 from caption_ray.data.shards import INDEX_FILE, Index, LeftOut, Shard
-from caption_ray.data.sources import SPLITS, Record, Split, find_splits
+from caption_ray.data.sources import Record, Split
 from caption_ray.data.tokenizer import PTB
 
 RECEIPTS = ".receipts"
@@ -86,8 +89,9 @@ def ingest(
     image_size: int | None,
     images_per_shard: int,
     seed: int,
-    splits: tuple[str, ...],
+    splits: tuple[str, ...] | None = None,
     karpathy: str | None = None,
+    options: SourceConfig | None = None,
     progress: bool = True,
 ) -> Index:
     """Write the pictures of `source` (see `find_splits`) as shards below `out`.
@@ -103,6 +107,7 @@ def ingest(
         seed=seed,
         splits=splits,
         karpathy=karpathy,
+        options=options,
     )
     return write(found.at(out), progress)
 
@@ -113,15 +118,20 @@ def inspect(
     image_size: int | None,
     images_per_shard: int,
     seed: int,
-    splits: tuple[str, ...],
+    splits: tuple[str, ...] | None = None,
     karpathy: str | None = None,
+    options: SourceConfig | None = None,
 ) -> Inspected:
     """The first half of `ingest`, which needs no Ray: a job asks for it before it connects."""
     source = storage.resolve(source)
-    found = find_splits(source, splits=splits, karpathy=karpathy)
+    found = find_splits(source, splits=splits, karpathy=karpathy, options=options)
     first = next(iter(found.values()))
     unspaced.warn(caption for record in first.records for caption in record.picture.captions)
-    parts = {split: _shuffled(content, images_per_shard, seed) for split, content in found.items()}
+    parts = {
+        split: _in_shards(content, images_per_shard, seed)
+        for split, content in found.items()
+        if content.records
+    }
     left_out = [LeftOut(split, *entry) for split, content in found.items()
                 for entry in content.left_out]  # fmt: skip
     wanted = fingerprint(parts, image_size)
@@ -132,6 +142,7 @@ def write(this: Inspected, progress: bool = True) -> Index:
     """The second half of `ingest`, with Ray."""
     if this.finished is not None:
         _tidy(this.out, this.finished)
+        _write_card(this.out, this.finished)
         return this.finished
     _remove_unfinished(this.out, splits=tuple(this.parts), keep=this.fingerprint)
     word_counts: Counter[str] = Counter()
@@ -153,10 +164,11 @@ def write(this: Inspected, progress: bool = True) -> Index:
         seed=this.seed,
         splits=listed,
         word_counts=dict(sorted(word_counts.items())),
-        left_out=sorted(left_out, key=dataclasses.astuple),
+        left_out=shards.counted(left_out, DEAD_LINK),
     )
     storage.write_bytes(storage.join(this.out, INDEX_FILE), index.to_json().encode())
     _tidy(this.out, index)
+    _write_card(this.out, index)
     return index
 
 
@@ -211,7 +223,9 @@ def ensure_shapes(runs: str, data: DataConfig) -> str:
     return out
 
 
-def ensure_ingested(source: str, runs: str, image_size: int) -> str:
+def ensure_ingested(
+    source: str, runs: str, image_size: int, options: SourceConfig | None = None
+) -> str:
     """URI of the shards of `source` (see `find_splits`), written beside the runs if need be, with
     pictures whose shorter side has `image_size` pixels at most.
 
@@ -219,7 +233,11 @@ def ensure_ingested(source: str, runs: str, image_size: int) -> str:
     ValueError as `ingest` does.
     """
     found = inspect(
-        source, image_size=image_size, images_per_shard=IMAGES_PER_SHARD, seed=0, splits=SPLITS
+        source,
+        image_size=image_size,
+        images_per_shard=IMAGES_PER_SHARD,
+        seed=0,
+        options=options,
     )
     name = f"{storage.name(found.source)}-{found.fingerprint[:12]}"
     there = found.at(storage.join(storage.resolve(runs), "data", name))
@@ -229,11 +247,40 @@ def ensure_ingested(source: str, runs: str, image_size: int) -> str:
     return there.out
 
 
-def _shuffled(split: Split, images_per_shard: int, seed: int) -> list[list[Record]]:
+def _write_card(out: str, index: Index) -> None:
+    """Survey all shards, and leave the data card beside the index, unless it is there."""
+    figures, page = storage.join(out, card.CARD_FILE), storage.join(out, card.PAGE_FILE)
+    if storage.exists(figures) and storage.exists(page):
+        return
+    surveys: dict[str, card.Survey] = {}
+    for split in index.splits:
+        surveys[split] = card.Survey()
+        # pictures are shown of the first shard: it is as random as all
+        sizes = [card.SAMPLE] + [0] * (len(index.shards(split)) - 1)
+        for task in [
+            _survey.remote(out, *of) for of in zip(index.shards(split), sizes, strict=True)
+        ]:
+            with cluster.original_errors():
+                surveys[split].add(ray.get(task))
+    found = card.card(index, surveys)
+    samples = {split: one.sample for split, one in surveys.items()}
+    storage.write_bytes(page, card_page.page(found, samples).encode())
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    storage.write_bytes(figures, text.encode())
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _survey(out: str, shard: Shard, sample: int) -> card.Survey:
+    data = storage.read_verified(storage.join(out, shard.file), shard.bytes, shard.checksum)
+    return card.survey(shards.from_bytes(data).to_pylist(), storage.checksum, sample)
+
+
+def _in_shards(split: Split, images_per_shard: int, seed: int) -> list[list[Record]]:
     """The records in random order, cut into shards of equal size (give or take one)."""
-    order = np.random.default_rng(seed).permutation(len(split.records))
-    count = math.ceil(len(order) / images_per_shard)
-    return [[split.records[i] for i in part] for part in np.array_split(order, count)]
+    records = shuffled(split.records, seed, images_per_shard)
+    count = math.ceil(len(records) / images_per_shard)
+    bounds = [part for part in np.array_split(np.arange(len(records)), count)]
+    return [records[part[0] : part[-1] + 1] for part in bounds]
 
 
 def _write_shards(this: Inspected, progress: bool) -> dict[str, list[Receipt]]:
@@ -277,8 +324,7 @@ def _write_shards(this: Inspected, progress: bool) -> dict[str, list[Receipt]]:
 def _write_shard(
     records: list[Record], out: str, file: str, receipt_uri: str, image_size: int | None
 ) -> Receipt:
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        results = list(threads.map(lambda record: to_row(record, image_size), records))
+    results = to_rows(records, image_size)
     rows = [row for row in results if row["error"] is None]
     split = file.partition("/")[0]
     left_out = [LeftOut(split, r["file_name"], r["error"]) for r in results if r["error"]]
@@ -287,6 +333,6 @@ def _write_shard(
     if rows:
         storage.write_bytes(storage.join(out, file), data)
     shard = Shard(file, len(rows), len(data), storage.checksum(data))
-    receipt = Receipt(shard, left_out, dict(counts))
+    receipt = Receipt(shard, shards.counted(left_out, DEAD_LINK), dict(counts))
     receipts.write(receipt_uri, receipt)
     return receipt

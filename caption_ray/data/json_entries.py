@@ -23,6 +23,11 @@ def parse(
         raise ValueError(f"{name}: not JSON in UTF-8 ({error}{several})") from error
 
 
+def parse_text(name: str, data: bytes) -> Any:
+    """What the bytes say; ValueError as `parse`."""
+    return parse(name, io.BytesIO(data))
+
+
 def entries(name: str, dataset: Any, key: str) -> list[Any]:
     """The list `key` of the file's object; ValueError, saying what there is instead."""
     if isinstance(dataset, dict) and isinstance(dataset.get(key), list):
@@ -66,12 +71,12 @@ def fault(entry: Any, fields: Mapping[str, type]) -> str | None:
             return f": {name} is {value!r:.80}, not of type {kind.__name__}"
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             return f": {name} is {value!r:.80}, beyond 64 bits"
-        if isinstance(value, str) and not _is_utf8(value):
+        if isinstance(value, str) and not is_unicode(value):
             return f": {name} is {value!r:.80}, which is not Unicode text"
     return None
 
 
-def _is_utf8(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()

@@ -16,22 +16,14 @@ SPLIT = re.compile(r"(train|val|valid|validation|dev|test|unlabeled)(\d{4})?", r
 SHOWN = 5
 """Names that a message lists."""
 
-FOREIGN = (
-    (
-        r"captions\.txt|.*\.token(\.txt)?|(?!metadata).*\.[ct]sv",
-        "captions in a table, as of Flickr8k",
-    ),
-    (r"metadata\.(jsonl|csv|parquet)", "an imagefolder, as of Hugging Face"),
-    (r".*\.tar(\.gz)?", "tar files, as of WebDataset"),
-    (r"dataset_.*\.json", "Karpathy's file of another data set than COCO"),
-    (r".*\.(parquet|arrow)", "tables, as of Hugging Face"),
-)
-"""File names of layouts that are not read, and what these are."""
+
+MACOS = "__MACOSX"
+"""The folder that macOS leaves in archives."""
 
 
 def is_visible(path: str) -> bool:
     """Whether people put it there: not a hidden file, nor what macOS leaves in zips and folders."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+    return not any(part.startswith(".") or part == MACOS for part in path.split("/"))
 
 
 def files_below(
@@ -75,7 +67,7 @@ def _walk(top: str, is_meant: Callable[[str, bool], bool]) -> Iterator[str]:
 
 
 def match(
-    names: Sequence[str], paths: Collection[str], folder: str, is_ours: bool
+    names: Sequence[str], paths: Collection[str], folder: str | None, is_ours: bool
 ) -> dict[str, str]:
     """Which of the paths the file names of a split mean; what is not there is left out.
 
@@ -86,15 +78,18 @@ def match(
     A wrong picture is worse than a missing one: a name that could mean several files means none,
     files below the names of other splits are nobody's, and unless something says that the others
     belong to this split (a folder's name, or `is_ours`), half of the names must be among them.
+    With None for `folder` the names are those of all splits, and folders are nobody's.
     """
-    prefixes = (f"{folder}/", f"images/{folder}/", "images/", "")
+    of_split = (f"{folder}/", f"images/{folder}/") if folder is not None else ()
+    prefixes = (*of_split, "images/", "")
     expected = [
         {name: prefix + name for name in names if prefix + name in paths} for prefix in prefixes
     ]
     found = max(expected, key=len)
     if found:
         return found
-    owners = {path: _owners(path, folder) for path in paths if is_visible(path)}
+    visible = filter(is_visible, paths)
+    owners = {path: set() if folder is None else _owners(path, folder) for path in visible}
     ours = [path for path, owner in owners.items() if owner == {folder}]
     others = [path for path, owner in owners.items() if not owner]
     ends = {form: _by_ending(ours or others, form) for form in (str, _plain)}
@@ -172,7 +167,7 @@ def several(name: str, paths: Iterable[str]) -> str:
 
 
 def describe(uri: str) -> str:
-    """What a source holds, and which layout that looks like, if it is one that is not read.
+    """What a source holds.
 
     Of a bucket only the folders at the top are listed, if it has any.
     """
@@ -184,8 +179,4 @@ def describe(uri: str) -> str:
     paths = [f"{folder}/" for folder in folders] or [
         storage.relative(file, uri) for file in files_below(uri)
     ]
-    names = [path.rpartition("/")[2] for path in paths]
-    kinds = [kind for pattern, kind in FOREIGN if any(re.fullmatch(pattern, n) for n in names)]
-    is_ours = any(re.fullmatch(r"captions_.*\.json", name) for name in names)
-    foreign = f" (it looks like {kinds[0]}, which is not read)" if kinds and not is_ours else ""
-    return f"it holds {outline(paths)}{foreign}"
+    return f"it holds {outline(paths)}"

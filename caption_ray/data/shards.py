@@ -58,7 +58,7 @@ class LeftOut:
 
     split: str
     file_name: str
-    """Or what else names it: see coco.Unusable."""
+    """Or what else names it: see sources.Unusable."""
     reason: str
     entries: int = 1
     """How many there are; `file_name` is the first."""
@@ -75,6 +75,22 @@ def outline(left_out: Iterable[LeftOut]) -> str:
         f"{split}: {entries[split, reason]} x {reason} (the first: {name})"
         for (split, reason), name in first.items()
     )
+
+
+def counted(left_out: Iterable[LeftOut], prefix: str) -> list[LeftOut]:
+    """The same, sorted, with those whose reason begins like this as one for each split and reason:
+    of millions of addresses, a third may be dead."""
+    result, merged = [], dict[tuple[str, str], LeftOut]()
+    for one in sorted(left_out, key=dataclasses.astuple):
+        key = (one.split, one.reason)
+        if not one.reason.startswith(prefix):
+            result.append(one)
+        elif key in merged:
+            entries = merged[key].entries + one.entries
+            merged[key] = dataclasses.replace(merged[key], entries=entries)
+        else:
+            merged[key] = one
+    return sorted([*result, *merged.values()], key=dataclasses.astuple)
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,14 @@ class Index:
         if split not in self.splits:
             raise ValueError(f"no split {split!r}; this data set has {', '.join(self.splits)}")
         return self.splits[split]
+
+    def summary(self) -> str:
+        """For people: a line for each split."""
+        return "\n".join(
+            f"{split}: {sum(self.rows(split))} images, {len(shards)} shards, "
+            f"{sum(shard.bytes for shard in shards) / 1e6:.1f} MB"
+            for split, shards in self.splits.items()
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)

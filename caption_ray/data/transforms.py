@@ -186,6 +186,11 @@ def is_picture(head: bytes) -> bool:
     )
 
 
+def format_of(data: bytes) -> str:
+    """The file format, as Pillow names it. Raises ImageError if it is none that is accepted."""
+    return str(_open(data, MAX_PIXELS).format)
+
+
 def image_size(data: bytes) -> tuple[int, int]:
     """(width, height) of the upright picture in `data`, read from its header.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from PIL import Image
 
 from caption_ray import storage
 from caption_ray.captioning.tracking import Cell, Table
+from caption_ray.report_page import document, image
 
 LOSS_CURVE = "loss.png"
 
@@ -46,28 +46,6 @@ CURVES = {
     ),
 }
 """The charts of a report, by their headings."""
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d1a17; --soft: #6b645c; --paper: #faf8f5; --card: #fff;
-        --line: #e3ddd4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ece7e0; --soft: #a59d93; --paper: #171513; --card: #211e1b; --line: #38332d; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 1100px; margin: 3rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin-top: 3rem; }
-p.soft, small, figcaption { color: var(--soft); }
-table { border-collapse: collapse; } td { padding: .2rem 1.5rem .2rem 0; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-tr + tr td { border-top: 1px solid var(--line); }
-img { max-width: 100%; border-radius: 6px; display: block; }
-.cards { display: grid; gap: 1.25rem;
-         grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-        padding: 1rem; }
-.card b { display: block; margin: .6rem 0 .3rem; font-weight: 600; }
-.words { display: flex; flex-wrap: wrap; gap: .75rem; } .words figure { margin: 0; width: 120px; }
-"""
 
 
 def write_loss_curve(history: Sequence[dict[str, float]], run: str) -> str:
@@ -202,10 +180,10 @@ def page(
         f"<tr><td>{html.escape(name)}<td class=soft>{html.escape(why)}"
         for name, why in skipped.items()
     ]
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<table>{''.join(rows)}</table>"]
+    parts = [f"<table>{''.join(rows)}</table>"]
     for heading, picture in curves.items():
         parts.append(f"<h2>{html.escape(heading)}</h2>")
-        parts.append(_image(picture, "png", f"{heading} over the steps"))
+        parts.append(image(picture, "png", f"{heading} over the steps"))
     ranked = best_and_worst(records).items()
     galleries = {f"{which.capitalize()} captions, by CIDEr-D": chosen for which, chosen in ranked}
     for heading, chosen in {**galleries, **failures}.items():
@@ -215,14 +193,12 @@ def page(
     looked = attended(records)
     if looked:
         parts += ["<h2>Where each word looked</h2>", *map(_words, looked)]
-    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    viewport = '<meta name=viewport content="width=device-width">'
-    return f"<!doctype html><html lang=en>{head}{viewport}<body>{''.join(parts)}</html>"
+    return document(title, parts)
 
 
 def _card(record: Record) -> str:
     picture = record.get("thumbnail")
-    shown = _image(picture, "jpeg", record["caption"]) if picture else ""
+    shown = image(picture, "jpeg", record["caption"]) if picture else ""
     references = "<br>".join(map(html.escape, record["references"]))
     scores = ", ".join(f"{name} {record['scores'][name]:.2f}" for name in SCORES)
     nearest, share = record.get("nearest", ("", 0.0))
@@ -236,7 +212,7 @@ def _card(record: Record) -> str:
 
 def _words(record: Record) -> str:
     maps = "".join(
-        f"<figure>{_image(picture, 'jpeg', word)}"
+        f"<figure>{image(picture, 'jpeg', word)}"
         f"<figcaption>{html.escape(word)}</figcaption></figure>"
         for word, picture in heat_maps(record)
     )
@@ -262,8 +238,3 @@ def _overlaid(picture: Image.Image, weights: NDArray[np.float32], box: Sequence[
     buffer = io.BytesIO()
     Image.fromarray(mixed.astype(np.uint8)).save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
-
-
-def _image(data: bytes, kind: str, text: str) -> str:
-    encoded = base64.b64encode(data).decode()
-    return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{encoded}">'

@@ -34,9 +34,9 @@ from caption_ray.config import (
     from_environment,
 )
 from caption_ray.data import transforms
+from caption_ray.fetch import check_allow_list
 from caption_ray.serving.auth import Tokens
 from caption_ray.serving.errors import Strict
-from caption_ray.serving.fetch import check_allow_list
 from caption_ray.serving.ingress import Ingress, mend_proxies_that_run, require_own_port
 from caption_ray.serving.port import PortTakenError
 from caption_ray.serving.replica import DEPLOYMENT, CaptionerReplica, Serving, describe

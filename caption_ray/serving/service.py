@@ -16,6 +16,7 @@ from fastapi import Request
 from starlette.types import Scope
 
 from caption_ray.data import transforms
+from caption_ray.fetch import FetchError, fetch
 from caption_ray.serving.batching import QueueFullError
 from caption_ray.serving.budget import Allowance, AllowanceExceededError, Share
 from caption_ray.serving.contract import (
@@ -29,7 +30,6 @@ from caption_ray.serving.contract import (
     UnavailableError,
 )
 from caption_ray.serving.errors import Refusal
-from caption_ray.serving.fetch import FetchError, fetch
 
 MAX_PICTURES = 16
 """Most pictures in one request."""

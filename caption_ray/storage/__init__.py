@@ -36,6 +36,7 @@ from caption_ray.storage.failures import (
 )
 from caption_ray.storage.failures import lasts as lasts
 from caption_ray.storage.http import Http
+from caption_ray.storage.hub import Hub
 from caption_ray.storage.local import Local, opened
 from caption_ray.storage.s3 import S3
 from caption_ray.storage.uris import arrow_uri as arrow_uri
@@ -201,11 +202,12 @@ def checksum(data: Buffer) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def open_seekable(uri: str) -> BinaryIO:
-    """A read-only file object that fetches only the ranges that are read (zip directories)."""
+def open_seekable(uri: str, buffer_bytes: int = 1 << 20) -> BinaryIO:
+    """A read-only file object that fetches only the ranges that are read (zip directories), from
+    remote storage at least `buffer_bytes` at a time."""
     if scheme(uri) == "file":
         return _retried(uri, lambda _, where: opened(where))
-    return io.BufferedReader(_RangeFile(uri), buffer_size=1 << 20)
+    return io.BufferedReader(_RangeFile(uri), buffer_bytes)
 
 
 class _RangeFile(io.RawIOBase):
@@ -246,6 +248,7 @@ def _backend(kind: str, process: int) -> Backend:
         "s3": S3,
         "http": Http,
         "https": Http,
+        "hf": Hub,
     }
     return kinds.get(kind, Arrow)()
 

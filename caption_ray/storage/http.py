@@ -37,8 +37,10 @@ class Http:
             raise FileNotFoundError(f"{uri}: HTTP {response.status}")
         raise HttpStatus(response.status)
 
-    def read(self, uri: str, window: tuple[int, int] | None) -> bytes:
-        headers = {}
+    def read(
+        self, uri: str, window: tuple[int, int] | None, headers: dict[str, str] | None = None
+    ) -> bytes:
+        headers = dict(headers or {})
         if window is not None:
             headers["Range"] = f"bytes={window[0]}-{window[0] + window[1] - 1}"
         response = self.request("GET", uri, headers)

@@ -73,6 +73,13 @@ def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work, as far as that shows without Ray and data:
     for a job to ask before it starts anything."""
     feature_cache.is_wanted(config)
+    data = config.data
+    require(
+        not data.ingest or data.source is not None or data.shards is not None,
+        "data.ingest",
+        data.ingest,
+        "it needs --data.source, the pictures to ingest (or --data.shards, what an ingest wrote)",
+    )
     require(
         config.train.stage == "cross-entropy" or config.train.start_from is not None,
         "train.stage",
@@ -378,11 +385,12 @@ def open_data(config: Config) -> DataSet:
     is not there."""
     data = config.data
     if data.source is not None and not data.ingest:
-        return open_source(data.source, seed=config.train.seed)
+        return open_source(data.source, seed=config.train.seed, options=data.reading)
     if data.source is not None:
         image_size = max(SHORTER_SIDE, config.model.encoder.image_size)
-        return open_shards(ensure_ingested(data.source, config.run.storage, image_size))
-    uri = data.shards or ensure_shapes(config.run.storage, data)
+        uri = ensure_ingested(data.source, config.run.storage, image_size, data.reading)
+    else:
+        uri = data.shards or ensure_shapes(config.run.storage, data)
     return open_shards(uri)
 
 

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from running_jobs import run_job
 
+from caption_ray.data import locations, transforms
 from caption_ray.data import shards as format
-from caption_ray.data import sources, transforms
+from caption_ray.data.formats import coco_layout, find_splits
 from caption_ray.data.ingest import ingest, read_index
 
 
@@ -140,14 +141,14 @@ def test_captions_of_every_kind_are_kept_or_left_out_with_the_reason(tmp_path):
 def test_annotations_that_cannot_be_meant_are_refused(tmp_path, images, message):
     source = _layout(tmp_path, {"a.jpg": _picture(8, 8)}, images=images)
     with pytest.raises(ValueError, match=message):
-        sources.find_splits(source, splits=("train",))
+        find_splits(source, splits=("train",))
 
 
 def test_a_caption_with_half_a_character_is_left_out(tmp_path):
     texts = ["a \ud83d smile", "a smile"]
     captions = [{"image_id": 0, "caption": text} for text in texts]
     source = _layout(tmp_path, {"a.jpg": _picture(8, 8)}, annotations=captions)
-    split = sources.find_splits(source, splits=("train",))["train"]
+    split = find_splits(source, splits=("train",))["train"]
     assert split.records[0].picture.captions == ["a smile"]
     ((name, reason, _),) = split.left_out
     assert "annotations[0]: caption is 'a \\ud83d smile', which is not Unicode" in name
@@ -159,7 +160,7 @@ def test_annotations_in_another_encoding_are_named(tmp_path):
     file = tmp_path / "captions_train.json"
     file.write_bytes(file.read_text().replace("picture", "château").encode("latin-1"))
     with pytest.raises(ValueError, match=r"captions_train\.json: not JSON in UTF-8"):
-        sources.find_splits(source, splits=("train",))
+        find_splits(source, splits=("train",))
 
 
 # Zips -----------------------------------------------------------------------------------------
@@ -189,11 +190,11 @@ def _patch_directory(path, name, offset, value):
 
 def _outcome(source):
     outcome = {}
-    for record in sources.find_splits(source, splits=("train",))["train"].records:
+    for record in find_splits(source, splits=("train",))["train"].records:
         try:
-            sources.read_picture(record.location)
+            locations.read_picture(record.location)
             outcome[record.picture.file_name] = "read"
-        except sources.PictureError as error:
+        except locations.PictureError as error:
             outcome[record.picture.file_name] = str(error)
     return outcome
 
@@ -289,10 +290,10 @@ def test_annotations_that_would_fill_the_memory_are_refused(tmp_path, monkeypatc
     with zipfile.ZipFile(tmp_path / "annotations_trainval.zip", "w") as archive:
         archive.write(captions, "annotations/captions_train.json")
     captions.unlink()
-    assert len(sources.find_splits(source, splits=("train",))["train"].records) == 1
-    monkeypatch.setattr(sources, "MAX_ANNOTATION_BYTES", 50)
+    assert len(find_splits(source, splits=("train",))["train"].records) == 1
+    monkeypatch.setattr(coco_layout, "MAX_ANNOTATION_BYTES", 50)
     with pytest.raises(ValueError, match=r"captions_train\.json claims to unpack to \d+ bytes"):
-        sources.find_splits(source, splits=("train",))
+        find_splits(source, splits=("train",))
 
 
 def test_the_ingest_job_ends_with_one_line_that_says_why(zipped, tmp_path):

@@ -100,15 +100,7 @@ def test_twenty_thousand_pictures_of_one_name_are_matched_quickly() -> None:
     ("files", "said"),
     [
         ("Images/0.jpg Images/1.jpg captions.txt",
-         "it holds Images/ (2 files, the first: 0.jpg), captions.txt (it looks like captions in a "
-         "table, as of Flickr8k, which is not read)"),
-        ("Flicker8k_Dataset/0.jpg Flickr8k.token.txt", "as of Flickr8k"),
-        ("results.csv flickr30k_images/1.jpg", "as of Flickr8k"),
-        ("train/metadata.jsonl train/0.jpg", "an imagefolder, as of Hugging Face"),
-        ("train/metadata.csv train/0.jpg", "an imagefolder, as of Hugging Face"),
-        ("00000.tar 00001.tar", "tar files, as of WebDataset"),
-        ("data/train-00000-of-00002.parquet", "tables, as of Hugging Face"),
-        ("Images/0.jpg dataset_flickr8k.json", "Karpathy's file of another data set than COCO"),
+         "it holds Images/ (2 files, the first: 0.jpg), captions.txt"),
         ("captions_train.json notes.csv", "it holds captions_train.json, notes.csv"),
         ("a b c d e f g", "it holds a, b, c, d, e, 2 more"),
         ("", "it holds nothing"),
@@ -116,5 +108,4 @@ def test_twenty_thousand_pictures_of_one_name_are_matched_quickly() -> None:
 )  # fmt: skip
 def test_a_source_is_described_by_what_it_holds(tmp_path: Path, files: str, said: str) -> None:
     touch(tmp_path, *files.split())
-    description = listing.describe(str(tmp_path))
-    assert said in description and ("looks like" in description) == ("as of" in said or "K" in said)
+    assert listing.describe(str(tmp_path)) == said

@@ -5,8 +5,10 @@ import zipfile
 import pytest
 
 from caption_ray import storage
-from caption_ray.data import listing, sources
-from caption_ray.data.sources import PictureError, find_splits, read_picture
+from caption_ray.config import SourceConfig
+from caption_ray.data import listing
+from caption_ray.data.formats import find_splits, pictures
+from caption_ray.data.locations import PictureError, read_picture
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_a_partial_download_is_taken_as_it_is(layout, gone, is_zipped):
 
 
 def test_one_picture_that_no_probe_hits_is_found_by_listing(layout, monkeypatch):
-    monkeypatch.setattr(sources, "PROBES", 3)
+    monkeypatch.setattr(pictures, "PROBES", 3)
     files = sorted((layout / "train").iterdir())
     for file in [*files[:7], *files[8:]]:
         file.unlink()
@@ -124,7 +126,7 @@ def test_a_large_source_is_not_listed_where_all_is_in_its_place(layout, monkeypa
     monkeypatch.setattr(storage, "exists", lambda uri: tried.append(uri) or exists(uri))
     monkeypatch.setattr(storage, "list_files", None)
     monkeypatch.setattr(listing, "files_below", None)
-    monkeypatch.setattr(sources, "PROBES", 8)
+    monkeypatch.setattr(pictures, "PROBES", 8)
     find_splits(str(layout))
     assert sum(uri.endswith(".jpg") for uri in tried) == 2 * 8
     tried.clear()
@@ -232,7 +234,7 @@ def test_a_damaged_zip_entry_is_noticed(layout):
 
 def test_an_entry_that_claims_to_be_huge_is_refused(layout, monkeypatch):
     _zip(layout)
-    monkeypatch.setattr("caption_ray.data.sources.MAX_PICTURE_BYTES", 10)
+    monkeypatch.setattr("caption_ray.data.locations.MAX_PICTURE_BYTES", 10)
     record = find_splits(str(layout))["train"].records[0]
     with pytest.raises(PictureError, match="corrupt: claims to unpack to"):
         read_picture(record.location)
@@ -246,7 +248,7 @@ def test_a_broken_zip_is_named(layout):
 
 
 def test_a_source_without_captions_or_pictures_says_what_was_looked_for(tmp_path, layout):
-    with pytest.raises(ValueError, match=r"no captions for split 'train'.*captions_train2017"):
+    with pytest.raises(ValueError, match=r"nothing: no captions in a .*; it holds nothing"):
         find_splits(str(tmp_path / "nothing"))
     shutil.rmtree(layout / "train")
     with pytest.raises(ValueError, match=r"no pictures: looked for train\.zip and for 0000"):
@@ -265,3 +267,58 @@ def test_karpathys_splits_replace_those_of_coco(layout):
         wanted = {i for i, s in chosen.items() if s.replace("restval", "train") == name}
         assert {r.picture.image_id for r in split.records} == wanted
     assert [one.reason for one in splits["train"].left_out] == ["not in Karpathy's splits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"caption_column": ("text", "raw")},
+            "--caption-column text raw: the source is coco, which",
+        ),
+        ({"split_column": "fold"}, "--split-column fold: the source is coco, which has no columns"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(layout, options, message):
+    with pytest.raises(ValueError, match=message):
+        find_splits(str(layout), options=SourceConfig(**options))
+    with pytest.raises(ValueError, match="--split val=0.1: --karpathy says the splits"):
+        find_splits(str(layout), karpathy="any.json", options=SourceConfig(split="val=0.1"))
+
+
+def test_a_test_split_is_found_where_there_is_one(layout):
+    assert list(find_splits(str(layout))) == ["train", "val"]
+    shutil.copytree(layout / "val", layout / "test")
+    captions = layout / "annotations" / "captions_val.json"
+    shutil.copy(captions, layout / "annotations" / "captions_test.json")
+    found = find_splits(str(layout))
+    assert list(found) == ["train", "val", "test"]
+    assert _pictures(found["test"]) == _pictures(found["val"])
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "dev"])
+def test_the_validation_split_may_be_called_otherwise(layout, scenes, name):
+    (layout / "val").rename(layout / name)
+    for file in (layout / "annotations").glob("*_val.json"):
+        file.rename(file.with_name(file.name.replace("val", name)))
+    assert _pictures(find_splits(str(layout))["val"]) == _pictures(find_splits(str(scenes))["val"])
+
+
+def test_a_split_of_any_name_can_be_asked_for(layout):
+    (layout / "val").rename(layout / "minival")
+    for file in (layout / "annotations").glob("*_val.json"):
+        file.rename(file.with_name(file.name.replace("val", "minival")))
+    assert list(find_splits(str(layout), splits=("train", "minival"))) == ["train", "minival"]
+
+
+@pytest.mark.parametrize("names", [("any.zip", "any.zip"), ("a/train-pictures.zip", "b/v.zip")])
+def test_the_zips_of_the_pictures_may_have_any_name(layout, scenes, names):
+    for split, name in zip(("train", "val"), names, strict=True):
+        (layout / name).parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(layout / name, "a") as archive:
+            for file in sorted((layout / split).iterdir()):
+                archive.write(file, f"deep/er/{split}/{file.name}")
+        shutil.rmtree(layout / split)
+    found, expected = find_splits(str(layout)), find_splits(str(scenes))
+    for split in ("train", "val"):
+        assert _pictures(found[split]) == _pictures(expected[split])

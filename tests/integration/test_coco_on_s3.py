@@ -11,8 +11,9 @@ import pytest
 from patience import scaled
 
 from caption_ray import storage
+from caption_ray.data.formats import find_splits
 from caption_ray.data.ingest import read_index
-from caption_ray.data.sources import find_splits, read_picture
+from caption_ray.data.locations import read_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (

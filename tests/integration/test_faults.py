@@ -13,8 +13,9 @@ from safetensors.numpy import load
 from caption_ray import config, storage
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.data.dataset import open_source
+from caption_ray.data.formats import find_splits
 from caption_ray.data.ingest import ingest, read_index
-from caption_ray.data.sources import find_splits, read_picture
+from caption_ray.data.locations import read_picture
 from caption_ray.evaluation.evaluate import caption_split
 from caption_ray.training import trainer
 

@@ -20,10 +20,10 @@ from caption_ray.captioning.predictor import Caption
 from caption_ray.config import TokenizerName
 from caption_ray.data.tokenizer import Tokenizer
 from caption_ray.data.vocabulary import Vocabulary
+from caption_ray.fetch import FetchError
 from caption_ray.serving import service
 from caption_ray.serving.batching import QueueFullError
 from caption_ray.serving.contract import MAX_LENGTH, Options, UnavailableError
-from caption_ray.serving.fetch import FetchError
 
 Pictures = Callable[..., bytes]
 Captions = Callable[..., list[Caption]]

@@ -1,4 +1,7 @@
-"""Fetches pictures by URL, from an allow-list only, with no way into the operator's own network.
+"""Fetches pictures by URL, with no way into the operator's own network.
+
+The endpoint fetches from an allow-list only (`fetch`), ingest from any public host and from those
+of a list (`fetch_public`).
 
 An entry of the list is a host name (`images.example.org`), all subdomains of one (`.example.org`),
 or a literal IP address (`10.0.0.5`, `[::1]`), each optionally with `:port`; without, only the
@@ -51,9 +54,13 @@ Kind = Literal["refused", "failed", "too_large", "timeout"]
 class FetchError(Exception):
     """A URL that must not (`refused`) or cannot be fetched; the client may see its message."""
 
-    def __init__(self, kind: Kind, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: Kind, reason: str, target: object = "", *, passes: bool = False):
+        super().__init__(f"{target} {reason}" if target else reason)
         self.kind: Kind = kind
+        self.reason = reason
+        """What is wrong, without the name of the host."""
+        self.passes = passes
+        """Whether the same request may succeed later."""
 
 
 class _Entry(NamedTuple):
@@ -94,18 +101,45 @@ def fetch(
     Blocks for at most `timeout_s` seconds, from DNS to the last byte. Uses no proxies and no
     credentials from the environment.
     """
-    deadline = time.monotonic() + timeout_s
     entries = [_read_entry(entry) for entry in allow]
-    target = _check(url, "", entries)
+    return _follow(url, lambda url, base: _check(url, base, entries), max_bytes, timeout_s, count)
+
+
+def fetch_public(url: str, also: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
+    """The body at `url`, on any host that has public addresses only, or on one of the list `also`;
+    otherwise as `fetch`."""
+    entries = [_read_entry(entry) for entry in also]
+
+    def check(url: str, base: str) -> _Target:
+        target = _read_target(url, base)
+        if not _is_listed(target, entries) and not (
+            isinstance(target.host, str) or _is_public(target.host)
+        ):
+            raise FetchError("refused", "is an address that is not public", target)
+        return target
+
+    return _follow(url, check, max_bytes, timeout_s, lambda _: None)
+
+
+def _follow(
+    url: str,
+    check: Callable[[str, str], _Target],
+    max_bytes: int,
+    timeout_s: float,
+    count: Callable[[int], object],
+) -> bytes:
+    """The body at `url` or where that redirects to; `check` refuses what must not be asked."""
+    deadline = time.monotonic() + timeout_s
+    target = check(url, "")
     for _ in range(REDIRECTS + 1):
         answer = _get(target, max_bytes, deadline, count)
         if isinstance(answer, bytes):
             return answer
-        following = _check(answer, f"{target.scheme}://{target}{target.path}", entries)
+        following = check(answer, f"{target.scheme}://{target}{target.path}")
         if (target.scheme, following.scheme) == ("https", "http"):
-            raise FetchError("refused", f"{target} redirects from https to http")
+            raise FetchError("refused", "redirects from https to http", target)
         target = following
-    raise FetchError("failed", f"{target}: more than {REDIRECTS} redirects")
+    raise FetchError("failed", f"redirects more than {REDIRECTS} times", target)
 
 
 # Checks ---------------------------------------------------------------------------------------
@@ -139,6 +173,23 @@ def _read_host(host: str | None) -> str | IPv4Address | IPv6Address:
 
 
 def _check(url: str, base: str, entries: Sequence[_Entry]) -> _Target:
+    target = _read_target(url, base)
+    if not _is_listed(target, entries):
+        raise FetchError("refused", "is not a host that pictures are fetched from", target)
+    return target
+
+
+def _is_listed(target: _Target, entries: Sequence[_Entry]) -> bool:
+    for entry in entries:
+        is_host = target.host == entry.host
+        if entry.is_suffix:
+            is_host = isinstance(target.host, str) and target.host.endswith(f".{entry.host}")
+        if is_host and target.port == (entry.port or PORTS[target.scheme]):
+            return True
+    return False
+
+
+def _read_target(url: str, base: str) -> _Target:
     try:
         if re.search(r"[\x00-\x1f\x7f\\]", url):  # some parsers drop these, others stop at them
             raise ValueError("a control character or a backslash")
@@ -151,14 +202,8 @@ def _check(url: str, base: str, entries: Sequence[_Entry]) -> _Target:
     port = PORTS[parts.scheme] if parts.port is None else parts.port
     target = _Target(parts.scheme, host, port, parts.request_uri)
     if parts.auth is not None:
-        raise FetchError("refused", f"{target}: a URL with user or password is not fetched")
-    for entry in entries:
-        is_host = host == entry.host
-        if entry.is_suffix:
-            is_host = isinstance(host, str) and host.endswith(f".{entry.host}")
-        if is_host and port == (entry.port or PORTS[parts.scheme]):
-            return target
-    raise FetchError("refused", f"{target} is not a host that pictures are fetched from")
+        raise FetchError("refused", "a URL with user or password is not fetched", f"{target}:")
+    return target
 
 
 def _is_public(address: IPv4Address | IPv6Address) -> bool:
@@ -203,7 +248,7 @@ def _addresses(host: str | IPv4Address | IPv6Address, deadline: float) -> list[s
     threading.Thread(target=ask, daemon=True).start()
     addresses = answer.result(_remaining(deadline))
     if not all(_is_public(ip_address(address)) for address in addresses):
-        raise FetchError("refused", f"{host} has addresses that are not public")
+        raise FetchError("refused", "has addresses that are not public", host)
     return addresses
 
 
@@ -253,7 +298,7 @@ def _get(
     """The body, or where `target` redirects to."""
     try:
         with _connect(target, deadline) as sock, _cut_at(deadline, sock):
-            connection = HTTPConnection(str(target.host), timeout=_remaining(deadline))
+            connection = HTTPConnection(str(target), timeout=_remaining(deadline))
             connection.sock, connection.auto_open = sock, 0  # it must not reconnect by itself
             headers = {"Host": str(target), "User-Agent": "caption-ray"}
             headers["Accept-Encoding"] = "identity"
@@ -265,8 +310,10 @@ def _get(
                 if location:
                     return location
                 if response.status != 200:
-                    raise FetchError("failed", f"{target} answers {response.status}")
-                too_large = FetchError("too_large", f"{target} sends more than {max_bytes} bytes")
+                    busy = response.status in (408, 429) or response.status >= 500
+                    reason = f"answers {response.status}"
+                    raise FetchError("failed", reason, target, passes=busy)
+                too_large = FetchError("too_large", f"sends more than {max_bytes} bytes", target)
                 if (response.length_remaining or 0) > max_bytes:
                     raise too_large
                 body = bytearray()
@@ -280,10 +327,15 @@ def _get(
                 _remaining(deadline)  # without a length, a body cut off by us looks complete
                 return bytes(body)
     except ssl.SSLCertVerificationError as error:
-        message = f"{target} has no valid certificate: {error.verify_message}"
-        raise FetchError("failed", message) from error
+        reason = f"has no valid certificate: {error.verify_message}"
+        raise FetchError("failed", reason, target) from error
+    except socket.gaierror as error:
+        raise FetchError(
+            "failed", "has no address that is known", target, passes=error.errno == socket.EAI_AGAIN
+        ) from error
     except (OSError, HTTPException, HTTPError, FutureTimeoutError) as error:
         timeouts = (TimeoutError, ReadTimeoutError, FutureTimeoutError)
         if isinstance(error, timeouts) or time.monotonic() >= deadline:
-            raise FetchError("timeout", f"{target} does not answer in time") from error
-        raise FetchError("failed", f"{target} cannot be reached or broke off") from error
+            raise FetchError("timeout", "does not answer in time", target, passes=True) from error
+        reason = "cannot be reached or broke off"
+        raise FetchError("failed", reason, target, passes=True) from error

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from caption_ray.serving import fetch as module
-from caption_ray.serving.fetch import FetchError, check_allow_list, fetch
+from caption_ray import fetch as module
+from caption_ray.fetch import FetchError, check_allow_list, fetch, fetch_public
 
 PICTURE = bytes(range(256)) * 400
 PUBLIC, OTHER_PUBLIC = "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"
@@ -442,7 +442,7 @@ def test_three_redirects_are_followed_and_a_loop_ends(web):
     web.seen.clear()
     web.answers["/0"] = lambda handler: send(handler, b"", 302, Location="/0")
     error = failure(f"{web.url}/0", web.host)
-    assert (error.kind, str(error)) == ("failed", f"{web.host}: more than 3 redirects")
+    assert (error.kind, str(error)) == ("failed", f"{web.host} redirects more than 3 times")
     assert len(web.seen) == 4
 
 
@@ -679,3 +679,51 @@ def test_a_body_that_drips_through_tls_ends_at_the_deadline(secure_web, trusted)
     start = time.monotonic()
     assert failure(f"{secure_web.url}/", secure_web.host, timeout_s=0.5).kind == "timeout"
     assert time.monotonic() - start < 3
+
+
+# Any public host ------------------------------------------------------------------------------
+
+
+def public(url: str, *also: str) -> bytes:
+    return fetch_public(url, also, 1_000_000, 20.0)
+
+
+def refused(url: str, *also: str) -> str:
+    with pytest.raises(FetchError) as caught:
+        public(url, *also)
+    assert caught.value.kind == "refused"
+    return caught.value.reason
+
+
+def test_ingest_may_ask_any_public_host_at_any_port(names):
+    names.answers["images.example.org"] = [[PUBLIC]]
+    assert public("http://images.example.org/") == PICTURE
+    assert public("http://images.example.org:8080/") == PICTURE
+    assert public(f"http://{PUBLIC}/") == public(f"http://[{OTHER_PUBLIC}]/") == PICTURE
+    assert names.connected == [
+        (PUBLIC, 80), (PUBLIC, 8080), (PUBLIC, 80), (OTHER_PUBLIC, 80)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "10.0.0.5", "169.254.169.254", "[::1]", "[::ffff:10.0.0.5]", "[fd00::1]"]
+)
+def test_ingest_asks_no_private_address_unless_it_is_listed(names, host):
+    assert refused(f"http://{host}/") == "is an address that is not public"
+    assert refused(f"http://{host}/", "10.9.9.9", "images.example.org") and not names.connected
+    assert public(f"http://{host}/", host) == PICTURE
+
+
+def test_ingest_asks_no_name_that_leads_inward_even_if_it_is_listed(names):
+    names.answers["images.example.org"] = [[PUBLIC, "10.0.0.5"]]
+    for also in ((), ("images.example.org",)):
+        assert refused("http://images.example.org/", *also) == "has addresses that are not public"
+    assert not names.connected
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1/", "http://inner.example.org/"])
+def test_ingest_follows_no_redirect_inward(names, web, location):
+    names.answers = {"images.example.org": [[PUBLIC]], "inner.example.org": [["10.0.0.5"]]}
+    web.answers["/"] = lambda handler: send(handler, b"", 302, Location=location)
+    assert "not public" in refused("http://images.example.org/")
+    assert len(web.seen) == 1
