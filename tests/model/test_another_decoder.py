@@ -14,6 +14,7 @@ from caption_ray import config
 from caption_ray.captioning import checkpoint, run_folder
 from caption_ray.captioning.predictor import Predictor
 from caption_ray.config import DecoderConfig, ModelConfig, SearchConfig, TrainConfig
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import DECODERS, Captioner, build_captioner
 from caption_ray.model.decoder import (
@@ -126,7 +127,7 @@ def test_it_is_trained_saved_and_searched_like_the_others(
     search = SearchConfig(beam_size=3, max_length=6)
     checkpoint.save(
         tmp_path / "local", captioner, VOCABULARY, model, search, state,
-        optimizer.state_dict(), np.zeros(1, bool),
+        optimizer.state_dict(), Ledger([1]),
     )  # fmt: skip
     run = tmp_path / "run"
     run_folder.commit(tmp_path / "local", str(run), state, keep=1, is_best=True)

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from caption_ray.captioning import checkpoint
 from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, SearchConfig
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import DECODERS, Captioner, build_captioner
 from caption_ray.model.decoder import END, PAD, START
@@ -154,9 +154,7 @@ def test_every_decoder_learns_searches_and_comes_back_from_a_checkpoint(
     model = ModelConfig(SMALL, dataclasses.replace(CONFIG, name=name, **changes))
     vocabulary = Vocabulary([f"w{i}" for i in range(V - 4)])
     state = checkpoint.State(1, 1, 0, {}, None)
-    checkpoint.save(
-        tmp_path, built, vocabulary, model, SearchConfig(), state, {}, np.zeros(1, bool)
-    )
+    checkpoint.save(tmp_path, built, vocabulary, model, SearchConfig(), state, {}, Ledger([1]))
     loaded = checkpoint.load(str(tmp_path))
     with torch.no_grad():
         expected = built(images, tokens).logits

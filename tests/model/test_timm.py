@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from caption_ray.captioning import checkpoint
 from caption_ray.config import DecoderConfig, EncoderConfig, ModelConfig, SearchConfig, shapes
+from caption_ray.data.ledger import Ledger
 from caption_ray.data.vocabulary import Vocabulary
 from caption_ray.model.captioner import Captioner, build_captioner
 from caption_ray.model.decoder import END, START
@@ -248,7 +249,7 @@ def prefix_of(encoder: Encoder, stage: str) -> set[str]:
 def saved_and_loaded(captioner: Captioner, config: ModelConfig, folder: Path) -> Captioner:
     checkpoint.save(
         folder / "checkpoint", captioner, VOCABULARY, config, SearchConfig(),
-        checkpoint.State(1, 1, 0, {}, None), {}, np.zeros(1, bool),
+        checkpoint.State(1, 1, 0, {}, None), {}, Ledger([1]),
     )  # fmt: skip
     loaded: Any = checkpoint.load(str(folder / "checkpoint")).captioner
     return loaded
@@ -354,7 +355,7 @@ def test_a_second_stage_may_have_another_image_size(name: str, tmp_path: Path) -
     captioner = build_captioner(model, len(VOCABULARY), None, pretrained=False)
     checkpoint.save(
         tmp_path / "first", captioner, VOCABULARY, model, SearchConfig(),
-        checkpoint.State(1, 1, 0, {}, None), {}, np.zeros(1, bool),
+        checkpoint.State(1, 1, 0, {}, None), {}, Ledger([1]),
     )  # fmt: skip
     start = checkpoint.load(str(tmp_path / "first"))
     second = dataclasses.replace(
