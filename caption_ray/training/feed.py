@@ -119,9 +119,10 @@ class Feed:
         return self.ledger.united(self._largest)
 
     def _largest(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The element-wise maximum over all ranks (a collective: every rank must call it)."""
+        """The element-wise maximum over all ranks (a collective: every rank must call it, with an
+        array of the same length)."""
         reduced = torch.tensor(values, device=self.device)
-        if dist.is_initialized():
+        if dist.is_initialized() and len(values):  # else no rank has anything to send
             dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
         largest: NDArray[np.uint8] = reduced.cpu().numpy()
         return largest

@@ -37,7 +37,9 @@ def _rank(rank, file, results):
     feed = _feed(rank, len(SEEN))
     feed.seen(np.array(SEEN[rank]))
     shared = feed.shared_ledger()
-    results.put((rank, shared.to_bytes(), np.flatnonzero(mask_of(feed.ledger)).tolist()))
+    own = np.flatnonzero(mask_of(feed.ledger)).tolist()
+    feed.end_epoch()
+    results.put((rank, shared.to_bytes(), own, feed.shared_ledger().left().tolist()))
     dist.destroy_process_group()
 
 
@@ -45,9 +47,10 @@ def test_every_rank_gets_the_pictures_that_any_has_seen(tmp_path):
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_rank, (str(tmp_path / "store"), results), nprocs=len(SEEN))
     found = sorted(results.get() for _ in SEEN)
-    for _, shared, _ in found:
+    for _, shared, _, left_of_the_next in found:
         assert np.flatnonzero(mask_of(shared)).tolist() == sorted(sum(SEEN, []))
-    assert [own for *_, own in found] == list(SEEN), "a rank's own ledger has changed"
+        assert left_of_the_next == SIZES
+    assert [own for _, _, own, _ in found] == list(SEEN), "a rank's own ledger has changed"
 
 
 @pytest.mark.parametrize(
