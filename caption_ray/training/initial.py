@@ -15,7 +15,7 @@ from torch import Tensor
 
 from caption_ray import storage
 from caption_ray.captioning.checkpoint import Loaded
-from caption_ray.config import Config, EncoderConfig, ModelConfig
+from caption_ray.config import Config, EncoderConfig, ModelConfig, require
 from caption_ray.data.vocabulary import SPECIAL
 from caption_ray.model.captioner import Captioner, build_captioner
 from caption_ray.model.encoder import (
@@ -30,8 +30,14 @@ from caption_ray.model.weights import is_weights_uri
 
 
 def check_model(config: Config) -> None:
-    """Raise ValueError, as `build_captioner` does, for a captioner that cannot be: unknown names,
-    or sizes that do not fit each other."""
+    """Raise ValueError, as `build_captioner` does, for a captioner that cannot be (unknown names, or
+    sizes that do not fit each other), and for a stage without the run that it begins with."""
+    require(
+        config.train.stage == "cross-entropy" or config.train.start_from is not None,
+        "train.stage",
+        config.train.stage,
+        "it begins with a captioner that cross-entropy trained; name its run as --train.start-from",
+    )
     _check_buildable(config.model, config.train.gradient_checkpointing)
     if config.train.start_from is None:  # else no weights are looked up
         check_weights(config.model.encoder)

@@ -73,18 +73,11 @@ def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work, as far as that shows without Ray and data:
     for a job to ask before it starts anything."""
     feature_cache.is_wanted(config)
-    data = config.data
     require(
-        not data.ingest or data.source is not None or data.shards is not None,
+        not config.data.ingest or bool(config.data.source or config.data.shards),
         "data.ingest",
-        data.ingest,
+        config.data.ingest,
         "it needs --data.source, the pictures to ingest (or --data.shards, what an ingest wrote)",
-    )
-    require(
-        config.train.stage == "cross-entropy" or config.train.start_from is not None,
-        "train.stage",
-        config.train.stage,
-        "it begins with a captioner that cross-entropy trained; name its run as --train.start-from",
     )
     initial.check_model(config)
 
