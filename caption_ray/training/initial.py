@@ -30,7 +30,7 @@ from caption_ray.model.weights import is_weights_uri
 
 
 def check_model(config: Config) -> None:
-    """Raise ValueError, as `build_captioner` does, for a captioner that cannot be (unknown names, or
+    """Raise ValueError, as `build_captioner` does, for a captioner that cannot be (unknown names,
     sizes that do not fit each other), and for a stage without the run that it begins with."""
     require(
         config.train.stage == "cross-entropy" or config.train.start_from is not None,
