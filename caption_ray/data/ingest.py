@@ -36,6 +36,8 @@ from caption_ray.data.tokenizer import PTB
 RECEIPTS = ".receipts"
 """Folder of the receipts of an unfinished ingest, below its output."""
 
+CARD_FILES = (card.CARD_FILE, card.PAGE_FILE)
+
 SHARD_NAME = re.compile(r"\d+-of-\d+\.parquet")
 
 SHORTER_SIDE = 256
@@ -142,7 +144,9 @@ def write(this: Inspected, progress: bool = True) -> Index:
     """The second half of `ingest`, with Ray."""
     if this.finished is not None:
         _tidy(this.out, this.finished)
-        _write_card(this.out, this.finished)
+        cards = [storage.join(this.out, name) for name in CARD_FILES]
+        if not all(map(storage.exists, cards)):  # an earlier version left none
+            _write_card(this.out, this.finished)
         return this.finished
     _remove_unfinished(this.out, splits=tuple(this.parts), keep=this.fingerprint)
     word_counts: Counter[str] = Counter()
@@ -166,9 +170,9 @@ def write(this: Inspected, progress: bool = True) -> Index:
         word_counts=dict(sorted(word_counts.items())),
         left_out=shards.counted(left_out, DEAD_LINK),
     )
+    _write_card(this.out, index)
     storage.write_bytes(storage.join(this.out, INDEX_FILE), index.to_json().encode())
     _tidy(this.out, index)
-    _write_card(this.out, index)
     return index
 
 
@@ -177,7 +181,7 @@ def _remove_unfinished(out: str, *, splits: tuple[str, ...], keep: str) -> None:
 
     Receipts of any other fingerprint vouch for shards that are about to be replaced.
     """
-    for place in (*splits, RECEIPTS, INDEX_FILE):
+    for place in (*splits, RECEIPTS, INDEX_FILE, *CARD_FILES):
         storage.delete_partial(storage.join(out, place))
     for other in storage.list_folders(storage.join(out, RECEIPTS)):
         if other != keep:
@@ -248,10 +252,7 @@ def ensure_ingested(
 
 
 def _write_card(out: str, index: Index) -> None:
-    """Survey all shards, and leave the data card beside the index, unless it is there."""
-    figures, page = storage.join(out, card.CARD_FILE), storage.join(out, card.PAGE_FILE)
-    if storage.exists(figures) and storage.exists(page):
-        return
+    """Survey all shards, and leave the data card beside them."""
     surveys: dict[str, card.Survey] = {}
     for split in index.splits:
         surveys[split] = card.Survey()
@@ -264,9 +265,10 @@ def _write_card(out: str, index: Index) -> None:
                 surveys[split].add(ray.get(task))
     found = card.card(index, surveys)
     samples = {split: one.sample for split, one in surveys.items()}
-    storage.write_bytes(page, card_page.page(found, samples).encode())
     text = json.dumps(found, indent=1, ensure_ascii=False)
-    storage.write_bytes(figures, text.encode())
+    storage.write_bytes(storage.join(out, card.CARD_FILE), text.encode())
+    page = card_page.page(found, samples)
+    storage.write_bytes(storage.join(out, card.PAGE_FILE), page.encode())
 
 
 @ray.remote(num_cpus=1, max_retries=3)

@@ -95,10 +95,11 @@ def ingest_without_ray(source: str, out: str, images_per_shard: int) -> None:
 
     from caption_ray.data import ingest
 
-    write_shard = ingest._write_shard._function
-    ingest._write_shard = types.SimpleNamespace(
-        remote=lambda *arguments: functools.partial(write_shard, *arguments)
-    )
+    for name in ("_write_shard", "_survey"):
+        task = getattr(ingest, name)._function
+        setattr(
+            ingest, name, types.SimpleNamespace(remote=functools.partial(functools.partial, task))
+        )
     ingest.ray = types.SimpleNamespace(
         wait=lambda tasks, num_returns: (tasks[:1], tasks[1:]),
         get=lambda task: task(),
