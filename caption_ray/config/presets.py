@@ -50,7 +50,8 @@ def photos() -> Config:
 
     `python jobs/train.py photos --data.source FOLDER` ingests them once, computes what a frozen
     EfficientNet-Lite0 makes of each, and trains soft attention over that; it stops once captions no
-    longer become better. caption_ray/model/README.md has what was tried, on 900 photographs.
+    longer become better. Its settings are a beginning: the few runs that chose them, with one seed
+    each, are in caption_ray/model/README.md.
     """
     return Config(
         data=DataConfig(ingest=True, min_crop=1.0, flip=False),

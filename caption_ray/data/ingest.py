@@ -37,6 +37,7 @@ RECEIPTS = ".receipts"
 """Folder of the receipts of an unfinished ingest, below its output."""
 
 CARD_FILES = (card.CARD_FILE, card.PAGE_FILE)
+"""Names of the data card's files; they are written before the index."""
 
 SHARD_NAME = re.compile(r"\d+-of-\d+\.parquet")
 

@@ -71,15 +71,20 @@ def groups(exact: Sequence[Hashable], fingerprints: Sequence[int | None]) -> lis
     seen: dict[Hashable, int] = {}
     for place, key in enumerate(exact):
         join(seen.setdefault(key, place), place)
-    for one, other in _alike(fingerprints):
-        join(one, other)
+    # one of each fingerprint: data sets of the web have thousands of equal placeholders, which
+    # would make millions of pairs
+    with_bits: dict[int, int] = {}
+    for place, bits in enumerate(fingerprints):
+        if bits is not None:
+            join(with_bits.setdefault(bits, place), place)
+    for one, other in _alike(list(with_bits)):
+        join(with_bits[one], with_bits[other])
     return [root(place) for place in range(len(exact))]
 
 
-def _alike(fingerprints: Sequence[int | None]) -> Iterator[tuple[int, int]]:
-    """The pairs of places whose fingerprints hardly differ, some of them several times."""
-    places = np.array([i for i, bits in enumerate(fingerprints) if bits is not None], np.int64)
-    known = np.array([bits for bits in fingerprints if bits is not None], np.uint64)
+def _alike(fingerprints: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The pairs of them that hardly differ, some several times."""
+    known = np.array(fingerprints, np.uint64)
     for band in np.array_split(np.arange(64, dtype=np.uint64), BANDS):
         mask = np.bitwise_or.reduce(np.left_shift(np.uint64(1), band))
         order = np.argsort(known & mask, kind="stable")
@@ -90,4 +95,4 @@ def _alike(fingerprints: Sequence[int | None]) -> Iterator[tuple[int, int]]:
                 differing = np.unpackbits((known[others] ^ known[one]).view(np.uint8))
                 near = differing.reshape(len(others), 64).sum(axis=1) <= MOST_DIFFERENT
                 for other in others[near]:
-                    yield int(places[one]), int(places[other])
+                    yield fingerprints[one], fingerprints[other]

@@ -7,6 +7,7 @@ server. With HF_HUB_OFFLINE=1 a data set is read from the cache of earlier downl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -132,23 +133,31 @@ def _path(uri: str) -> str:
     return path
 
 
-class _explained:
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
     """Turns errors of the Hub into those of storage."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        cause: BaseException | None = error
-        status = None
-        while cause is not None and status is None:  # what is not there may be a refusal in truth
-            status = getattr(getattr(cause, "response", None), "status_code", None)
-            status = cause.status if isinstance(cause, HttpStatus) else status
-            cause = cause.__cause__
+    try:
+        yield
+    except Exception as error:
+        status = _status(error)
         if status in (401, 403):
-            raise StorageError(f"{self.uri}: no such data set, or not for everybody; {_LOG_IN}")
-        if isinstance(status, int) and status != 404 and not isinstance(error, HttpStatus):
+            raise StorageError(
+                f"{uri}: no such data set, or not for everybody; {_LOG_IN}"
+            ) from error
+        if status is not None and status != 404 and not isinstance(error, HttpStatus):
             raise HttpStatus(status) from error
+        raise
+
+
+def _status(error: BaseException) -> int | None:
+    """The answer's status behind an error; the Hub's client reports some refusals as files that are
+    not there."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HttpStatus):
+            return cause.status
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        cause = cause.__cause__
+    return None

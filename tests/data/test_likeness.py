@@ -81,3 +81,11 @@ def test_a_picture_of_one_colour_is_like_none_but_by_its_bytes() -> None:
     Image.new("RGB", (50, 50), "white").save(buffer, "PNG")
     assert likeness.fingerprint(buffer.getvalue()) is None
     assert likeness.groups(["a", "b", "a"], [None, None, None]) == [0, 1, 0]
+
+
+def test_thousands_of_equal_placeholders_are_one_group_and_no_pairs() -> None:
+    placeholder, other = 0x0123456789ABCDEF, 0xFEDCBA9876543210
+    fingerprints: list[int | None] = [placeholder] * 20_000 + [other, placeholder ^ 1, None, None]
+    assert list(likeness._alike([placeholder, other, placeholder ^ 1]))
+    groups = likeness.groups(range(len(fingerprints)), fingerprints)
+    assert groups == [0] * 20_000 + [20_000, 0, 20_002, 20_003]
